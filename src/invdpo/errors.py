@@ -1,0 +1,5 @@
+"""The one exception that users are meant to read."""
+
+
+class InvdpoError(Exception):
+    """Something outside the program is wrong: the message says what, where, and what to do about it."""

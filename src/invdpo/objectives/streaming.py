@@ -1,0 +1,122 @@
+"""The exact gradient of an objective with one network call's graph alive at a time.
+
+The loss is a function L of s = sum over points of w_t d_t, so dL/dtheta = L'(s) * sum of w_t dd_t/dtheta: a step needs
+the scalar L'(s) and the points' graphs one after another, never together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from invdpo.errors import InvdpoError
+from invdpo.objectives.loss import (
+    Batch,
+    LossOutput,
+    full_graph,
+    log_ratios,
+    output,
+    pair_loss,
+    prepare,
+    terms,
+)
+from invdpo.objectives.recipe import Recipe
+from invdpo.schedule import NoiseSchedule
+from invdpo.types import Conditioning, EpsModel
+
+
+def backward(
+    recipe: Recipe,
+    policy: EpsModel,
+    reference: EpsModel,
+    x0_win: Tensor,
+    x0_lose: Tensor | None,
+    cond: Conditioning | None,
+    schedule: NoiseSchedule,
+    generator: torch.Generator | Sequence[torch.Generator],
+    loss_scale: float = 1.0,
+    chunk: int | None = 256,
+) -> LossOutput:
+    """Accumulate the gradient of loss_scale times `preference_loss` into `.grad`, equal to it up to float rounding.
+
+    chunk: latents in a network call, and with their graph alive, at most (None: no limit); memory is then flat in the
+    number of timesteps. Where everything fits, one forward and one backward pass suffice. The output's loss is unscaled
+    and everything in it detached. Gradients are final only on return: act on them after it, not in hooks (as
+    distributed training does).
+    Raises InvdpoError as `preference_loss` does, and for a chunk below 1.
+    """
+    batch = prepare(recipe, policy, reference, x0_win, x0_lose, cond, schedule, generator, chunk)
+    forwards = 1
+    if chunk is None or batch.policy_evals() <= chunk:
+        out = full_graph(batch)
+        (out.loss * loss_scale).backward()
+        ratios = out.logratio_win if out.logratio_lose is None else torch.cat([out.logratio_win, out.logratio_lose])
+    elif recipe.loss.kind == "winner_only":
+        ratios = _stream(batch, torch.full((batch.rows,), -loss_scale / batch.rows, dtype=torch.float64))
+    elif batch.pairs == 1:
+        ratios = _one_pair(batch, loss_scale)
+    else:
+        forwards = 2
+        with torch.no_grad():
+            ratios = log_ratios(batch, torch.cat([terms(batch, call) for call in batch.points.calls]))
+        leaf = ratios.requires_grad_()
+        (slope,) = torch.autograd.grad(output(batch, leaf, 0).loss, leaf)
+        _stream(batch, slope * loss_scale, with_reference=False)
+    evals = batch.points.unet_evals + batch.reference_evals() + (forwards + 2) * batch.policy_evals()
+    return output(batch, ratios.detach(), evals)
+
+
+def _stream(
+    batch: Batch, slope: Tensor, with_reference: bool = True, stash: dict[Tensor, Tensor | None] | None = None
+) -> Tensor:
+    """Back-propagate slope (R,) times the log-ratios, call by call; returns the log-ratios (R,).
+
+    stash, when given, receives the earlier `.grad` of every parameter met, which is then cleared.
+    """
+    collected = []
+    weight = batch.points.weight.flatten()
+    for call in batch.points.calls:
+        point_terms = terms(batch, call, with_reference)
+        row = torch.arange(call.start, call.stop, device=weight.device) % batch.rows
+        factor = batch.recipe.log_ratio.scale * slope.to(weight)[row] * weight[call]
+        if stash is not None:
+            _set_aside(point_terms, stash)
+        (factor.to(point_terms.dtype) * point_terms).sum().backward()
+        collected.append(point_terms.detach())
+    return log_ratios(batch, torch.cat(collected))
+
+
+def _one_pair(batch: Batch, loss_scale: float) -> Tensor:
+    """One pair has one scalar L'(s), which can be applied after the gradient of s is complete: no first pass."""
+    stash: dict[Tensor, Tensor | None] = {}
+    # beta goes in first: with it, loss_scale keeps half-precision gradients in range as in one backward pass.
+    beta = batch.recipe.beta
+    ratios = _stream(batch, torch.tensor([loss_scale * beta, -loss_scale * beta], dtype=torch.float64), stash=stash)
+    difference = (ratios[0] - ratios[1]).requires_grad_()
+    (slope,) = torch.autograd.grad(pair_loss(batch.recipe, difference), difference)
+    for parameter, earlier in stash.items():
+        if parameter.grad is not None:
+            parameter.grad.mul_((slope / beta).to(parameter.grad))
+            if earlier is not None:
+                parameter.grad.add_(earlier)
+        else:
+            parameter.grad = earlier
+    return ratios
+
+
+def _set_aside(result: Tensor, stash: dict[Tensor, Tensor | None]) -> None:
+    """Move the `.grad` of every leaf that `result` depends on into `stash`, once a leaf."""
+    seen, todo = set(), [result.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if "CheckpointFunction" in type(node).__name__:
+            raise InvdpoError("gradient checkpointing: the policy must use it with use_reentrant=False")
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and leaf not in stash:
+            stash[leaf], leaf.grad = leaf.grad, None
+        todo.extend(parent for parent, _ in node.next_functions)
