@@ -1,0 +1,183 @@
+"""Everything under assets/shapes, made from nothing, one step at a time; each step leaves its facts for the card."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from invdpo.world.corpus import Corpus, make_corpus
+from invdpo.world.oracle import score
+from invdpo.world.render import render
+from invdpo.world.scenes import caption, sample_captions, sample_scene
+
+# One seed a purpose, so that no learner sees what another is tested on.
+SEEDS = {
+    "corpus": 0,
+    "vae": 0,
+    "base": 2,
+    "train": 101,
+    "validation": 102,
+    "pickscore": 103,
+    "hps": 104,
+    "judges": 7,
+    "prompts": 201,
+    "tuning_prompts": 202,
+    "quality": 301,
+}
+CORPUS_CHUNKS = 24
+VAE_STEPS = 2_200
+BASE_STEPS = 10_000
+PAIRS = {"train": 3_000, "validation": 600}
+JUDGE_PAIRS = 6_000
+CONTRASTIVE_STEPS = 1_400
+VOTE_STEPS = 900
+AESTHETIC_STEPS = 3_000
+PROMPTS = 256
+
+
+def corpus() -> Corpus:
+    """The pictures that the base model and the judges learn from."""
+    return make_corpus(CORPUS_CHUNKS, SEEDS["corpus"], workers=max(1, torch.get_num_threads()))
+
+
+def record(out: Path, step: str, started: float, **facts: Any) -> None:
+    """Write a step's facts to build/<step>.json."""
+    folder = out / "build"
+    folder.mkdir(parents=True, exist_ok=True)
+    stamp = {
+        "command": f"invdpo world {step}",
+        "hardware": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "minutes": round((time.monotonic() - started) / 60, 1),
+    }
+    (folder / f"{step}.json").write_text(json.dumps({**stamp, **facts}, indent=2, sort_keys=True) + "\n")
+
+
+def build_vae(out: Path) -> None:
+    """vae/ of the base pipeline."""
+    from invdpo.world.base import train_vae
+
+    started = time.monotonic()
+    vae, facts = train_vae(corpus(), VAE_STEPS, SEEDS["vae"])
+    vae.save_pretrained(out / "base" / "vae")
+    record(out, "vae", started, seed=SEEDS["vae"], **facts)
+
+
+def build_base(out: Path) -> None:
+    """The rest of the base pipeline, around the VAE that is there; and how faithful its samples are."""
+    from diffusers import AutoencoderKL
+
+    from invdpo.world.base import save_pipeline, train_base
+
+    started = time.monotonic()
+    vae = AutoencoderKL.from_pretrained(out / "base" / "vae")
+    pipeline, facts = train_base(corpus(), vae, BASE_STEPS, SEEDS["base"])
+    save_pipeline(pipeline, out / "base")
+    record(out, "base", started, seed=SEEDS["base"], **facts)
+
+
+def build_votes(out: Path) -> None:
+    """preferences/ of the study and the prompt lists."""
+    from invdpo.world.votes import make_votes
+
+    started = time.monotonic()
+    (out / "preferences").mkdir(parents=True, exist_ok=True)
+    facts = {}
+    for split, pairs in PAIRS.items():
+        table, facts[split] = make_votes(out / "base", pairs, SEEDS[split])
+        table.to_parquet(out / "preferences" / f"{split}.parquet", index=False)
+    voted = frozenset(table_caption for split in PAIRS for table_caption in _captions(out, split))
+    (out / "prompts").mkdir(exist_ok=True)
+    test = sample_captions(PROMPTS, SEEDS["prompts"], exclude=voted)
+    tuning = sample_captions(PROMPTS, SEEDS["tuning_prompts"], exclude=voted | frozenset(test))
+    for name, captions in {"test": test, "tuning": tuning}.items():
+        (out / "prompts" / f"{name}.txt").write_text("\n".join(captions) + "\n")
+    record(out, "votes", started, **facts)
+
+
+def _captions(out: Path, split: str) -> list[str]:
+    return pd.read_parquet(out / "preferences" / f"{split}.parquet", columns=["caption"])["caption"].tolist()
+
+
+def build_clips(out: Path) -> None:
+    """scorers/clip, and scorers/pickscore as far as captions alone can take it."""
+    from invdpo.world import judges
+
+    started = time.monotonic()
+    pictures, seed = corpus(), SEEDS["judges"]
+    clip = judges.new_open_clip(seed)
+    facts = {"clip": judges.train_contrastive(clip, pictures, CONTRASTIVE_STEPS, seed, "clip")}
+    judges.save_open_clip(clip, out / "scorers" / "clip")
+    pickscore = judges.new_transformers_clip(seed + 1)
+    facts["pickscore"] = judges.train_contrastive(pickscore, pictures, CONTRASTIVE_STEPS, seed + 1, "pickscore")
+    judges.save_transformers_clip(pickscore, out / "scorers" / "pickscore")
+    record(out, "clips", started, seed=seed, **facts)
+
+
+def build_judges(out: Path) -> None:
+    """The CLIPs trained further on votes, pickscore and hps each on its own, and the aesthetic head."""
+    from invdpo.world import judges
+    from invdpo.world.votes import make_votes
+
+    started = time.monotonic()
+    seed = SEEDS["judges"]
+    held_out = pd.read_parquet(out / "preferences" / "validation.parquet")
+    clip, pickscore = (
+        judges.load_open_clip(out / "scorers" / "clip"),
+        judges.load_transformers_clip(out / "scorers" / "pickscore"),
+    )
+    facts: dict[str, Any] = {
+        "seed": seed,
+        "clip": {"held_out_vote_accuracy": judges.vote_accuracy(clip, held_out)},
+    }
+
+    votes, facts["pickscore_votes"] = make_votes(out / "base", JUDGE_PAIRS, SEEDS["pickscore"])
+    facts["pickscore"] = judges.train_on_votes(pickscore, votes, VOTE_STEPS, seed + 2, "pickscore")
+    facts["pickscore"]["held_out_vote_accuracy"] = judges.vote_accuracy(pickscore, held_out)
+    judges.save_transformers_clip(pickscore, out / "scorers" / "pickscore")
+
+    votes, facts["hps_votes"] = make_votes(out / "base", JUDGE_PAIRS, SEEDS["hps"])
+    rated = torch.cat([corpus().pictures[:12_000], judges.pictures_of(votes).flatten(0, 1)])
+    head, facts["aesthetic"] = judges.train_aesthetic(clip, rated, AESTHETIC_STEPS, seed)
+    judges.save_aesthetic(head, out / "scorers" / "aesthetic" / "head.pth")
+
+    facts["hps"] = judges.train_on_votes(clip, votes, VOTE_STEPS, seed + 3, "hps")
+    facts["hps"]["held_out_vote_accuracy"] = judges.vote_accuracy(clip, held_out)
+    judges.save_open_clip(clip, out / "scorers" / "hps")
+    record(out, "judges", started, **facts)
+
+
+def measure_quality(out: Path) -> None:
+    """How well the parser reads real renders, and how faithful the base model is at the study's guidance."""
+    from invdpo.world.votes import sample_pictures
+
+    started = time.monotonic()
+    rng = np.random.default_rng(SEEDS["quality"])
+    scenes = [sample_scene(rng) for _ in range(1000)]
+    renders = [score(render(scene, rng), caption(scene)) for scene in scenes]
+    captions = sample_captions(512, SEEDS["quality"])
+    facts: dict[str, Any] = {"parser_on_flawless_renders": _means(renders), "seed": SEEDS["quality"]}
+    for guidance_scale in (1.0, 3.0):
+        pictures = sample_pictures(out / "base", captions, guidance_scale, SEEDS["quality"])
+        marks = [score(picture, text) for picture, text in zip(pictures, captions, strict=True)]
+        facts[f"base_samples_at_guidance_{guidance_scale:g}"] = _means(marks)
+    record(out, "quality", started, **facts)
+
+
+def _means(marks: list[dict[str, float]]) -> dict[str, float]:
+    return {f"mean_{key}": round(float(np.nanmean([mark[key] for mark in marks])), 4) for key in marks[0]}
+
+
+def write_checksums(out: Path) -> None:
+    """SHA256SUMS over every asset, in sha256sum's format."""
+    files = [path for path in sorted(out.rglob("*")) if path.is_file() and path.name not in ("SHA256SUMS", "README.md")]
+    lines = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(out)}" for path in files]
+    (out / "SHA256SUMS").write_text("\n".join(lines) + "\n")

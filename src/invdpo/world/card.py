@@ -1,0 +1,58 @@
+"""The card of the shapes world's assets: how each was made and how good it is, from the facts that its step left."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+STEPS = ("vae", "base", "votes", "clips", "judges", "quality")
+
+INTRODUCTION = """\
+# The shapes world
+
+A small world in the formats of the model hub, made by this repository and small enough to run a whole study on two
+CPU cores. Pictures are 64x64 RGB: one to three coloured shapes, the first two in a spatial relation.
+
+| path | what it is | stands for |
+|---|---|---|
+| `base/` | a `StableDiffusionPipeline` folder with SD1.5's noise schedule | Stable Diffusion 1.5 / SDXL |
+| `preferences/{train,validation}.parquet` | voted pairs of the base model's samples, with Pick-a-Pic v2's columns | Pick-a-Pic v2 |
+| `prompts/{test,tuning}.txt` | captions that no voted pair has | the papers' prompt sets |
+| `scorers/pickscore/` | a transformers `CLIPModel` folder, trained on its own votes | PickScore |
+| `scorers/clip/` | an open_clip folder, trained on captioned renders | CLIP ViT-H-14 |
+| `scorers/hps/` | an open_clip folder, trained on votes that nothing else sees | HPS v2 |
+| `scorers/aesthetic/head.pth` | five linear layers on the CLIP's image embedding | LAION's aesthetic predictor |
+
+Simulated annotators vote by a hidden utility, 6 x faithfulness + 3 x aesthetics, through Gumbel noise. Faithfulness
+and aesthetics are measured in the picture itself by a parser, so every learned score can be held against the truth.
+`SHA256SUMS` covers every file; the study checks it before it starts.
+"""
+
+
+def write_card(out: Path) -> None:
+    """README.md of the assets folder. A step that has not run raises FileNotFoundError with its name."""
+    facts = {step: json.loads((out / "build" / f"{step}.json").read_text()) for step in STEPS}
+    lines = [
+        INTRODUCTION,
+        "## How each part was made\n",
+        "| step | command | minutes | hardware | torch |",
+        "|---|---|---|---|---|",
+    ]
+    for step, fact in facts.items():
+        lines.append(f"| {step} | `{fact['command']}` | {fact['minutes']} | {fact['hardware']} | {fact['torch']} |")
+    lines.append("\nAll of it, in order: `invdpo world build`.\n")
+    lines.append("## Seeds, losses and quality\n")
+    for step, fact in facts.items():
+        lines += [f"### {step}\n", "| | |", "|---|---|", *_rows("", fact), ""]
+    (out / "README.md").write_text("\n".join(lines))
+
+
+def _rows(prefix: str, facts: dict[str, Any]) -> list[str]:
+    rows = []
+    for key, value in facts.items():
+        if key in ("command", "minutes", "hardware", "torch"):
+            continue
+        name = f"{prefix} {key}".strip().replace("_", " ")
+        rows += _rows(name, value) if isinstance(value, dict) else [f"| {name} | {value} |"]
+    return rows
