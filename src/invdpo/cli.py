@@ -1,0 +1,271 @@
+"""`invdpo <stage>`: every rule of the workflow calls one of these, and each runs without Snakemake."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from invdpo.errors import InvdpoError
+
+if TYPE_CHECKING:
+    import torch
+
+    from invdpo.config import StudyConfig
+
+app = typer.Typer(
+    help="Reproduce and evaluate Inversion-DPO against Diffusion-DPO.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+log = logging.getLogger("invdpo")
+
+StudyOption = Annotated[Path, typer.Option("--study", help="YAML of the study, or its resolved study.json.")]
+ArmOption = Annotated[str, typer.Option("--arm", help="An arm of the study.")]
+SeedOption = Annotated[
+    list[int] | None,
+    typer.Option("--seed", help="A seed of the study; may be repeated. Default: all its seeds."),
+]
+ThreadsOption = Annotated[
+    int | None, typer.Option("--threads", min=1, help="CPU threads. Default: the cores this process may use.")
+]
+LogOption = Annotated[Path | None, typer.Option("--log", help="Also write messages to this file.")]
+
+
+def main() -> None:
+    """Entry point: an InvdpoError becomes one message and exit code 1, Ctrl-C exit code 130."""
+    debug = "--debug" in sys.argv
+    if debug:
+        sys.argv.remove("--debug")
+    try:
+        app()
+    except InvdpoError as error:
+        if debug:
+            raise
+        if log.handlers:
+            log.error(f"error: {error}")
+        else:
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _start(study: Path, threads: int | None = None, log_file: Path | None = None) -> StudyConfig:
+    """Set up messages and threads, and read the study. Before torch is imported: it reads OMP_NUM_THREADS
+    once.
+    """
+    _log_to(log_file)
+    count = str(threads or len(os.sched_getaffinity(0)))
+    os.environ.update(OMP_NUM_THREADS=count, MKL_NUM_THREADS=count)
+    from invdpo.config import load_study
+
+    return load_study(study)
+
+
+def _log_to(log_file: Path | None) -> None:
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    handlers[0].setLevel(logging.INFO)
+    if log_file is not None:
+        log_file.parent.mkdir(parents=True, exist_ok=True)
+        handlers.append(logging.FileHandler(log_file, mode="w", encoding="utf-8"))
+    for handler in log.handlers:
+        handler.close()
+    log.handlers = handlers
+    log.setLevel(logging.DEBUG)
+    log.propagate = False
+
+
+def _device(study: StudyConfig) -> torch.device:
+    """The study's device, with the assets checked first and torch's threads set."""
+    import torch
+
+    from invdpo.device import resolve_device
+    from invdpo.provenance import verify_checksums
+
+    if study.checksums is not None:
+        verify_checksums(study.checksums)
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    return resolve_device(study.device)
+
+
+def _seeds(study: StudyConfig, chosen: list[int] | None) -> list[int]:
+    unknown = sorted(set(chosen or []) - set(study.seeds))
+    if unknown:
+        raise InvdpoError(f"Study `{study.study}` has no seed {unknown[0]}; its seeds are {study.seeds}.")
+    return chosen or study.seeds
+
+
+@app.command()
+def prepare(study: StudyOption, threads: ThreadsOption = None, log_file: LogOption = None) -> None:
+    """Read the preference pairs and encode them once: root/preferences/."""
+    config = _start(study, threads, log_file)
+    device = _device(config)
+    from invdpo.preferences.cache import prepare as run
+
+    report = run(config, device)
+    log.info(
+        f"{report['pairs']} pairs of {report['rows']} rows ({report['ties']} ties left out, "
+        f"{report['undecodable']} undecodable skipped), {report['captions']} captions -> "
+        f"{config.root / 'preferences'}"
+    )
+
+
+@app.command()
+def train(
+    study: StudyOption,
+    arm: ArmOption,
+    seed: SeedOption = None,
+    threads: ThreadsOption = None,
+    log_file: LogOption = None,
+) -> None:
+    """Train an arm: root/runs/ARM/seedK/. Resumes what was stopped; a finished run is not trained again."""
+    config = _start(study, threads, log_file)
+    seeds = _seeds(config, seed)
+    config.arm(arm)
+    device = _device(config)
+    from invdpo.training.loop import train as run
+
+    run(config, arm, seeds, device)
+
+
+@app.command()
+def evaluate(
+    study: StudyOption,
+    arm: ArmOption,
+    seed: SeedOption = None,
+    threads: ThreadsOption = None,
+    log_file: LogOption = None,
+) -> None:
+    """Sample and score every checkpoint of an arm: root/images/ARM/ and root/scores/ARM/."""
+    config = _start(study, threads, log_file)
+    seeds = _seeds(config, seed)
+    config.arm(arm)
+    device = _device(config)
+    from invdpo.evaluate import evaluate as run
+
+    run(config, arm, seeds, device)
+
+
+@app.command()
+def tables(study: StudyOption, log_file: LogOption = None) -> None:
+    """Write root/tables/ from the scores."""
+    config = _start(study, None, log_file)
+    from invdpo.evidence.tables import write
+
+    write(config)
+
+
+@app.command()
+def figures(study: StudyOption, log_file: LogOption = None) -> None:
+    """Draw root/figures/ from the scores and training logs."""
+    config = _start(study, None, log_file)
+    from invdpo.evidence.figures import write
+
+    write(config)
+
+
+@app.command()
+def claims(study: StudyOption, log_file: LogOption = None) -> None:
+    """Judge the claims: root/claims.json and claims.md."""
+    config = _start(study, None, log_file)
+    from invdpo.evidence.claims import write
+
+    write(config)
+
+
+@app.command()
+def mlflow(study: StudyOption, log_file: LogOption = None) -> None:
+    """Bring root/mlflow.db in line with the results."""
+    config = _start(study, None, log_file)
+    from invdpo.tracking import sync
+
+    sync(config)
+
+
+@app.command()
+def publish(study: StudyOption, log_file: LogOption = None) -> None:
+    """Copy the study's tables, figures and verdicts into the committed reference results and the README."""
+    config = _start(study, None, log_file)
+    from invdpo.evidence.publish import publish as run
+
+    run(config)
+
+
+@app.command()
+def tune_arm(study: StudyOption, arm: ArmOption, threads: ThreadsOption = None, log_file: LogOption = None) -> None:
+    """Run the tuning grid of one arm: root/tuning/ARM.csv."""
+    config = _start(study, threads, log_file)
+    device = _device(config)
+    from invdpo.tuning import tune_arm as run
+
+    log.info(f"{arm}: {run(config, arm, device)}")
+
+
+@app.command()
+def tune(study: StudyOption, log_file: LogOption = None) -> None:
+    """Choose each method's learning rate and beta from finished grids: config/tuned/STUDY.yaml."""
+    config = _start(study, None, log_file)
+    from invdpo.tuning import tune as run
+
+    for path in run(config):
+        log.info(str(path))
+
+
+@app.command()
+def check(study: StudyOption) -> None:
+    """Check a study's files before anything long runs, and say what it holds."""
+    config = _start(study)
+    device = _device(config)
+    from invdpo.backbones.sd15 import load_schedule
+    from invdpo.preferences.reader import check_columns, find_files
+    from invdpo.prompts import read_prompts
+
+    rows = check_columns(find_files(config.preferences))
+    load_schedule(config.base)
+    prompts = len(read_prompts(config.prompts))
+    typer.echo(f"{config.study}: base {config.base}, {rows} rows of preferences, {prompts} prompts, device {device}")
+    for name in config.arms:
+        arm = config.arm(name)
+        training = arm.training
+        settings = (
+            f"{arm.recipe.name}, labels {arm.labels}, {training.steps} steps of {training.batch} pairs, "
+            f"learning rate {arm.learning_rate:g}, beta {arm.recipe.beta:g}, {len(config.seeds)} seeds, "
+            f"hash {arm.hash}"
+            if arm.trains
+            else "the base model as it is"
+        )
+        typer.echo(f"  {name}: {settings}")
+
+
+@app.command()
+def schema(
+    path: Annotated[Path, typer.Argument(help="Where to write it.")] = Path("config/schema.json"),
+) -> None:
+    """Write the JSON schema of a study's YAML, for editors."""
+    from invdpo.config import json_schema
+    from invdpo.files import replace_when_done
+
+    with replace_when_done(path) as temporary:
+        temporary.write_text(json_schema(), encoding="utf-8")
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    add_help_option=False,
+)
+def world(context: typer.Context) -> None:
+    """Build and inspect the shapes world (`invdpo world --help`)."""
+    from invdpo.world.cli import app as world_app
+
+    _log_to(None)
+    world_app(args=context.args, prog_name="invdpo world")
+
+
+if __name__ == "__main__":
+    main()

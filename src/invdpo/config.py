@@ -1,0 +1,475 @@
+"""A study in one YAML: strict pydantic models, so that a typing error is an error and not a default.
+
+Nothing here imports torch, so that Snakemake can read a study in a fraction of a second.
+Paths in a study are relative to the folder that the command runs in.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from functools import cached_property
+from pathlib import Path
+from types import UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
+
+from invdpo.errors import InvdpoError
+from invdpo.provenance import read_checksums
+
+if TYPE_CHECKING:
+    from invdpo.objectives import Recipe
+
+METHODS = Path("config/methods")
+NO_TRAINING = "no_training"
+PREPARED = {"resolution", "max_undecodable"}  # training settings that `invdpo prepare` applies, once a study
+
+
+class Strict(BaseModel):
+    """Unknown keys are errors, text is not a number, and nothing changes after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+
+
+class TrainingConfig(Strict):
+    """How a run is optimised. `batch` counts pairs an optimizer step, `micro_batch` pairs a backward pass."""
+
+    steps: PositiveInt = 40
+    batch: PositiveInt = 32
+    micro_batch: PositiveInt | None = Field(None, description="pairs a backward pass; must divide batch; null: batch")
+    checkpoints: list[PositiveInt] = Field(
+        [], description="optimizer steps after which the policy is kept and scored; the last step always is"
+    )
+    optimizer: Literal["adamw", "adafactor"] = "adamw"
+    weight_decay: float = Field(0.01, ge=0)
+    warmup_steps: int = Field(0, ge=0, description="steps over which the learning rate rises linearly")
+    max_grad_norm: PositiveFloat = 1.0
+    gradient_checkpointing: bool = False
+    learning_rate: PositiveFloat | None = Field(None, description="null: the recipe's")
+    beta: PositiveFloat | None = Field(None, description="null: the recipe's")
+    resolution: PositiveInt = Field(512, description="pixels; images are resized and centre-cropped to a square")
+    max_undecodable: float = Field(0.01, ge=0, le=1, description="share of pairs that may be skipped as undecodable")
+    chunk: PositiveInt | None = Field(256, description="latents a policy call with graph; null: all at once")
+    caption_dropout: float = Field(0.0, ge=0, le=1, description="share of pairs trained with the empty prompt")
+
+    @model_validator(mode="after")
+    def _micro_batch_divides(self) -> TrainingConfig:
+        if self.batch % self.pairs_a_pass:
+            raise ValueError(f"micro_batch {self.micro_batch} does not divide batch {self.batch}")
+        return self
+
+    @property
+    def pairs_a_pass(self) -> int:
+        """Pairs a backward pass."""
+        return self.micro_batch or self.batch
+
+    @property
+    def grid(self) -> list[int]:
+        """The steps after which a checkpoint is kept, ascending; ends with the last step."""
+        return sorted({step for step in self.checkpoints if step < self.steps} | {self.steps})
+
+
+class SamplingConfig(Strict):
+    """How images are drawn for scoring: deterministic DDIM, noise seeded per prompt."""
+
+    steps: PositiveInt = 20
+    guidance_scale: float = 7.5
+    batch: PositiveInt = 16
+    seed: int = 2025
+    prompts: PositiveInt | None = Field(None, description="how many of the prompts, from the first; null: all")
+
+
+class PickScoreConfig(Strict):
+    model: str = Field(description="transformers CLIPModel folder or hub id")
+    processor: str | None = Field(None, description="folder or hub id of the processor where it is another one")
+
+
+class ClipConfig(Strict):
+    model: str = Field(description="open_clip architecture, or hf-hub:ID, or local-dir:FOLDER")
+    pretrained: str | None = Field(None, description="open_clip tag of the weights")
+
+
+class AestheticConfig(Strict):
+    model: str = Field(description="path of the five-layer head")
+    tower: str = Field(description="open_clip model whose image embedding the head reads")
+    pretrained: str | None = Field(None, description="open_clip tag of the tower's weights")
+
+
+class HpsConfig(Strict):
+    model: str = Field(description="open_clip architecture, or hf-hub:ID, or local-dir:FOLDER")
+    pretrained: str | None = None
+    checkpoint: str | None = Field(None, description="path of a checkpoint with a `state_dict`")
+
+
+class OracleConfig(Strict):
+    world: Literal["shapes"]
+
+
+class ScorersConfig(Strict):
+    """Which scores are taken, and where their weights are; an absent entry is a score not taken."""
+
+    pickscore: PickScoreConfig | None = None
+    clip: ClipConfig | None = None
+    aesthetic: AestheticConfig | None = None
+    hps: HpsConfig | None = None
+    oracle: OracleConfig | None = None
+
+
+class TunedValues(Strict):
+    """What the tuning grid chose for one method."""
+
+    learning_rate: PositiveFloat | None = None
+    beta: PositiveFloat | None = None
+
+
+class TuningConfig(Strict):
+    """The grid that `invdpo tune` runs for some arms, apart from everything that is reported."""
+
+    arms: list[str] = Field(min_length=1, description="one arm a method; its tuned values serve all arms of the method")
+    learning_rate: list[PositiveFloat] = Field(min_length=1)
+    beta: list[PositiveFloat] = Field(min_length=1)
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1, description="none of the study's own seeds")
+    prompts: str = Field(description="a prompt file that is not the study's")
+
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
+Labels = Annotated[
+    Literal["true", "shuffled", "swapped"],
+    BeforeValidator(lambda value: "true" if value is True else value),
+    WithJsonSchema({"enum": [True, "true", "shuffled", "swapped"]}),
+]
+
+
+class ArmEntry(Strict):
+    """One line of a table: a method, its labels, and what differs from the study's training settings."""
+
+    method: str = Field(description="a recipe of config/methods, the path of one, or no_training")
+    labels: Labels = "true"
+    tuned: bool = Field(True, description="whether the study's tuned values apply")
+    initial_rounding: Literal["float16", "bfloat16"] | None = Field(
+        None, description="the policy starts from weights rounded to this type: noise of rounding size"
+    )
+    recipe: dict[str, Any] = Field({}, description="overrides of the recipe")
+    training: dict[str, Any] = Field({}, description="overrides of the study's training settings")
+
+
+class ArmList(Strict):
+    arms: list[Name]
+
+
+class GridsConfig(Strict):
+    arms: list[Name]
+    prompts: PositiveInt = 6
+
+
+class ExperimentsConfig(Strict):
+    """Which arms are set against each other in which table or figure."""
+
+    comparison: ArmList | None = None
+    q_vs_p: ArmList | None = None
+    inversion_steps: dict[Name, dict[Annotated[int, Field(strict=False, gt=0)], Name]] = Field(
+        {}, description="family -> number of inversion steps -> arm"
+    )
+    controls: dict[Name, dict[Literal["shuffled", "swapped"], Name]] = Field(
+        {}, description="arm with true labels -> control -> arm"
+    )
+    grids: GridsConfig | None = None
+
+    def named_arms(self) -> dict[str, str]:
+        """Place in the YAML -> arm named there."""
+        places = {}
+        for field in ("comparison", "q_vs_p", "grids"):
+            entry = getattr(self, field)
+            for number, arm in enumerate(entry.arms if entry else []):
+                places[f"experiments.{field}.arms[{number}]"] = arm
+        for family, points in self.inversion_steps.items():
+            places |= {f"experiments.inversion_steps.{family}.{steps}": arm for steps, arm in points.items()}
+        for true_arm, controls in self.controls.items():
+            places[f"experiments.controls.{true_arm}"] = true_arm
+            places |= {f"experiments.controls.{true_arm}.{kind}": arm for kind, arm in controls.items()}
+        return places
+
+
+def _read_tuned(value: Any) -> Any:
+    """`tuned:` may be the path of a YAML; its content takes the path's place."""
+    return read_yaml(Path(value)) if isinstance(value, str) else {} if value is None else value
+
+
+class StudyConfig(Strict):
+    """Everything that decides what a study computes."""
+
+    study: Name
+    base: str = Field(description="diffusers pipeline folder of the SD1.5 family, or hub id")
+    preferences: str = Field(description="Pick-a-Pic v2 parquet file, folder of them, or hub dataset id")
+    prompts: str = Field(description="txt, csv, tsv or jsonl file")
+    scorers: ScorersConfig
+    checksums: str | None = Field(None, description="sha256sum listing, paths relative to its folder")
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
+    training: TrainingConfig
+    sampling: SamplingConfig
+    tuned: Annotated[
+        dict[str, TunedValues],
+        BeforeValidator(_read_tuned),
+        WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object"}, {"type": "null"}]}),
+    ] = Field({}, description="method -> tuned values, or the path of a YAML that holds them")
+    tuning: TuningConfig | None = Field(None, description="the grid behind `tuned`")
+    arms: dict[Name, ArmEntry] = Field(min_length=1)
+    experiments: ExperimentsConfig = ExperimentsConfig.model_validate({})
+    claims: str | None = Field(None, description="the YAML of the claims to judge")
+
+    @property
+    def root(self) -> Path:
+        """The folder of this study's results."""
+        return Path("results") / self.study
+
+    def arm(self, name: str) -> ArmConfig:
+        """The arm with everything resolved: study's training < tuned values < the arm's own.
+
+        Raises InvdpoError for a name that the study has not.
+        """
+        if name not in self.arms:
+            raise InvdpoError(f"Study `{self.study}` has no arm `{name}`.{_nearest(name, self.arms)}")
+        entry = self.arms[name]
+        for key in PREPARED & entry.training.keys():
+            raise InvdpoError(
+                f"`arms.{name}.training.{key}` of study `{self.study}`: all arms share one preparation of "
+                f"the pairs. Set `training.{key}` for the whole study instead."
+            )
+        tuned = self.tuned.get(entry.method) if entry.tuned else None
+        values = self.training.model_dump()
+        values |= tuned.model_dump(exclude_none=True) if tuned else {}
+        values |= entry.training
+        try:
+            training = TrainingConfig.model_validate(values)
+        except ValidationError as error:
+            where = f"arm `{name}` of study `{self.study}`"
+            raise InvdpoError(_explain(error, TrainingConfig, where, f"arms.{name}.training.")) from error
+        return ArmConfig(
+            name=name,
+            method=entry.method,
+            labels=entry.labels,
+            initial_rounding=entry.initial_rounding,
+            training=training,
+            recipe_overrides=entry.recipe,
+            identity=self._identity,
+        )
+
+    @cached_property
+    def _identity(self) -> dict[str, Any]:
+        """What, beside the arm itself, decides the weights of a run."""
+        identity: dict[str, Any] = {
+            "base": self.base,
+            "preferences": self.preferences,
+            "device": self.device,
+            "precision": self.precision,
+        }
+        if self.checksums is not None and Path(self.checksums).is_file():
+            listing = Path(self.checksums)
+            entries = {str(listing.parent / name): digest for name, digest in read_checksums(listing).items()}
+            inputs = (self.base, self.preferences)
+            identity["assets"] = {
+                path: digest for path, digest in entries.items() if any(_lies_in(path, source) for source in inputs)
+            }
+        return identity
+
+
+class ArmConfig(Strict):
+    """One arm with all its settings final."""
+
+    name: str
+    method: str
+    labels: Literal["true", "shuffled", "swapped"]
+    initial_rounding: Literal["float16", "bfloat16"] | None
+    training: TrainingConfig
+    recipe_overrides: dict[str, Any]
+    identity: dict[str, Any]
+
+    @property
+    def trains(self) -> bool:
+        """False for the untouched base model."""
+        return self.method != NO_TRAINING
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """The recipe with the arm's overrides and its beta (imports torch). Not for an arm that does not
+        train.
+        """
+        from invdpo.objectives import load_recipe
+
+        overrides = dict(self.recipe_overrides)
+        if self.training.beta is not None:
+            overrides["beta"] = self.training.beta
+        recipe = load_recipe(self.method)
+        return recipe.with_overrides(overrides) if overrides else recipe
+
+    @property
+    def learning_rate(self) -> float:
+        """The study's, or else the recipe's own."""
+        if self.training.learning_rate is not None:
+            return self.training.learning_rate
+        return self.recipe.learning_rate
+
+    @cached_property
+    def hash(self) -> str:
+        """16 hex digits of everything that decides the weights of this arm's runs, the seed apart."""
+        content = {
+            "method": self.method,
+            "labels": self.labels,
+            "initial_rounding": self.initial_rounding,
+            "training": self.training.model_dump(),
+            "recipe": read_yaml(method_path(self.method)) if self.trains else None,
+            "recipe_overrides": self.recipe_overrides,
+            "identity": self.identity,
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def method_path(method: str) -> Path:
+    """The YAML of a recipe: a path as it is, a name from `config/methods` of the package's repository or
+    here.
+
+    Raises InvdpoError with the nearest name where there is none.
+    """
+    if method.endswith((".yaml", ".yml")):
+        candidates = [Path(method)]
+    else:
+        repository = Path(__file__).resolve().parents[2]
+        candidates = [repository / METHODS / f"{method}.yaml", METHODS / f"{method}.yaml"]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    known = {path.stem for candidate in candidates for path in candidate.parent.glob("*.yaml")} | {NO_TRAINING}
+    raise InvdpoError(f"There is no method `{method}` (looked for {candidates[0]}).{_nearest(method, known)}")
+
+
+def load_study(path: str | Path) -> StudyConfig:
+    """Read a study from its YAML, or from the resolved `study.json` of its results.
+
+    Raises InvdpoError that names the place in the file, what is wrong and the nearest valid key.
+    """
+    return parse_study(read_yaml(Path(path)), str(path))
+
+
+def parse_study(data: Any, where: str) -> StudyConfig:
+    """Validate a study that is already a mapping; `where` names its source in error messages."""
+    try:
+        study = StudyConfig.model_validate(data)
+    except ValidationError as error:
+        raise InvdpoError(_explain(error, StudyConfig, where, "")) from error
+    for place, arm in study.experiments.named_arms().items():
+        if arm not in study.arms:
+            raise InvdpoError(
+                f"{where}: `{place}` names the arm `{arm}`, which is not in `arms`.{_nearest(arm, study.arms)}"
+            )
+    if study.tuning is not None:
+        _check_tuning(study, study.tuning, where)
+    for name, entry in study.arms.items():
+        study.arm(name)
+        if entry.method != NO_TRAINING:
+            try:
+                method_path(entry.method)
+            except InvdpoError as error:
+                raise InvdpoError(f"{where}: `arms.{name}.method`: {error}") from error
+    return study
+
+
+def _check_tuning(study: StudyConfig, tuning: TuningConfig, where: str) -> None:
+    """Tuning on what is reported would make every interval a lie."""
+    for arm in tuning.arms:
+        if arm not in study.arms:
+            raise InvdpoError(f"{where}: `tuning.arms` names `{arm}`, not in `arms`.{_nearest(arm, study.arms)}")
+        if not study.arm(arm).trains:
+            raise InvdpoError(f"{where}: `tuning.arms` names `{arm}`, which does not train. Leave it out.")
+    if shared := sorted(set(tuning.seeds) & set(study.seeds)):
+        raise InvdpoError(f"{where}: `tuning.seeds` holds {shared}, which the study reports. Choose other seeds.")
+    if tuning.prompts == study.prompts:
+        raise InvdpoError(f"{where}: `tuning.prompts` is the study's own prompt file. Choose another.")
+
+
+def dump_study(study: StudyConfig) -> str:
+    """The resolved study as JSON text; `load_study` reads it back to an equal study."""
+    return json.dumps(study.model_dump(mode="json"), sort_keys=True, indent=2) + "\n"
+
+
+def json_schema() -> str:
+    """The JSON schema of a study, for editors that complete and check YAML."""
+    return json.dumps(StudyConfig.model_json_schema(), indent=2, sort_keys=True) + "\n"
+
+
+def read_yaml(path: Path) -> Any:
+    """The content of a YAML or JSON file; InvdpoError where it cannot be read."""
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InvdpoError(f"{path} cannot be read: {error.strerror}. Check the path.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InvdpoError(f"{path} is not valid YAML: {error}") from error
+
+
+def _lies_in(path: str, source: str) -> bool:
+    return Path(path) == Path(source) or Path(source) in Path(path).parents
+
+
+def _nearest(word: str, known: Any) -> str:
+    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f" Did you mean `{matches[0]}`?" if matches else f" Valid: {', '.join(sorted(known))}."
+
+
+def _explain(error: ValidationError, model: type[BaseModel], where: str, prefix: str) -> str:
+    lines = [f"{where} is not a valid study:"]
+    for item in error.errors():
+        place = prefix + _dotted(item["loc"])
+        if item["type"] == "extra_forbidden":
+            known = _fields_at(model, item["loc"][:-1])
+            lines.append(f"  unknown key `{place}`.{_nearest(str(item['loc'][-1]), known)}")
+        elif item["type"] == "missing":
+            lines.append(f"  `{place}` is missing.")
+        else:
+            lines.append(f"  `{place}`: {item['msg']} (found {item['input']!r}).{_number_hint(item['input'])}")
+    return "\n".join(lines)
+
+
+def _dotted(location: tuple[int | str, ...]) -> str:
+    parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in location]
+    return "".join(parts).removeprefix(".").removesuffix(".[key]")
+
+
+def _number_hint(value: Any) -> str:
+    """YAML 1.1 reads 1e-5 as text: a number needs a dot before its exponent."""
+    try:
+        number = float(value) if isinstance(value, str) else None
+    except ValueError:
+        return ""
+    if number is None:
+        return ""
+    mantissa, _, exponent = value.lower().partition("e")
+    better = f"{mantissa}.0e{exponent}" if exponent and "." not in mantissa else value
+    return f" YAML reads this as text: write {better}" + ("" if better != value else " without quotes") + "."
+
+
+def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """The keys that are valid at a place inside a model."""
+    kind: Any = model
+    for part in location:
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            kind = kind.model_fields[str(part)].annotation
+        else:  # an entry of a dict or list
+            kind = get_args(kind)[-1]
+        while get_origin(kind) in (Annotated, Union, UnionType):
+            kind = get_args(kind)[0]
+    return list(kind.model_fields)

@@ -1,0 +1,44 @@
+"""Where the numbers are computed, and in which precision."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from invdpo.errors import InvdpoError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto`, `cpu` or `cuda` (also `cuda:1`) -> a device that is there; TF32 matrix products are switched on
+    for CUDA.
+
+    Raises InvdpoError when CUDA is asked for but absent.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda"):
+        if not torch.cuda.is_available():
+            raise InvdpoError(
+                f"The study asks for `device: {name}`, but torch {torch.__version__} finds no CUDA device. "
+                "Set `device: auto` or `device: cpu`, or check the driver with `nvidia-smi`."
+            )
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+    return torch.device(name)
+
+
+def resolve_dtype(device: torch.device, precision: str) -> torch.dtype:
+    """`auto` -> bf16 on CUDA and fp32 on CPU; else the named one."""
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" else "fp32"
+    return DTYPES[precision]
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
+    """The autocast context of a forward pass; none at all in fp32."""
+    if dtype == torch.float32:
+        return nullcontext()
+    return torch.autocast(device.type, dtype)

@@ -1,0 +1,83 @@
+"""Which pairs and which noise a step sees: functions of (seed, step, position) alone.
+
+So a run that is stopped and resumed, or split into other micro-batches, sees exactly the same data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from invdpo.preferences.cache import PreferenceCache
+from invdpo.types import Conditioning
+
+
+def generator(*key: int | str) -> torch.Generator:
+    """A CPU generator seeded from the hash of its key."""
+    digest = hashlib.sha256(":".join(map(str, key)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def pair_order(seed: int, step: int, batch: int, pairs: int) -> list[int]:
+    """The `batch` pairs of optimizer step `step` (from 1): consecutive entries of one permutation an
+    epoch.
+    """
+    first = (step - 1) * batch
+    places = (divmod(position, pairs) for position in range(first, first + batch))
+    return [_permutation(seed, epoch, pairs)[place] for epoch, place in places]
+
+
+@lru_cache(maxsize=2)  # a step meets one epoch, or the end of one and the start of the next
+def _permutation(seed: int, epoch: int, pairs: int) -> list[int]:
+    return torch.randperm(pairs, generator=generator(seed, epoch, "order")).tolist()
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B pairs. x0_win, x0_lose: (B,C,h,w). generators: one a pair, for timestep and noise."""
+
+    x0_win: Tensor
+    x0_lose: Tensor
+    cond: Conditioning
+    generators: list[torch.Generator]
+
+
+def draw(
+    cache: PreferenceCache,
+    flipped: Tensor,
+    pairs: list[int],
+    seed: int,
+    step: int,
+    first: int,
+    caption_dropout: float,
+) -> Batch:
+    """The given pairs of a step, the first of them at position `first` of the step's batch.
+
+    Latents are drawn from the VAE's posterior, winner and loser independently, as the official script's
+    `.sample()`.
+    """
+    device = cache.win_mean.device
+    index = torch.tensor(pairs, device=device)
+    swap = flipped[torch.tensor(pairs)].to(device)[:, None, None, None]
+    mean = torch.stack([cache.win_mean[index], cache.lose_mean[index]])
+    std = torch.stack([cache.win_std[index], cache.lose_std[index]])
+    shape = (2, *cache.win_mean.shape[1:])
+    positions = range(first, first + len(pairs))
+    noise = torch.stack([torch.randn(shape, generator=generator(seed, step, p, "latent")) for p in positions], dim=1)
+    x0 = mean + std * noise.to(device)  # (2,B,C,h,w)
+    embeds = cache.embeds[cache.caption_index[index]]
+    uncond = cache.uncond.expand_as(embeds)
+    if caption_dropout > 0:
+        drawn = [torch.rand((), generator=generator(seed, step, p, "dropout")) for p in positions]
+        dropped = (torch.stack(drawn) < caption_dropout).to(device)
+        embeds = torch.where(dropped[:, None, None], uncond, embeds)
+    return Batch(
+        x0_win=torch.where(swap, x0[1], x0[0]),
+        x0_lose=torch.where(swap, x0[0], x0[1]),
+        cond=Conditioning(embeds, uncond=Conditioning(uncond)),
+        generators=[generator(seed, step, p, "noise") for p in positions],
+    )

@@ -1,0 +1,393 @@
+"""The training loop: one policy, one frozen reference, any recipe."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from invdpo import objectives
+from invdpo.backbones.sd15 import UNetEps, load_schedule, load_unet
+from invdpo.config import ArmConfig, StudyConfig
+from invdpo.device import resolve_dtype
+from invdpo.errors import InvdpoError
+from invdpo.files import remove, write_json
+from invdpo.preferences.cache import PreferenceCache, cache_key, load_cache
+from invdpo.preferences.labels import flips
+from invdpo.provenance import code_hash, lock_hash, peak_memory, stamp
+from invdpo.schedule import NoiseSchedule
+from invdpo.training import state
+from invdpo.training.data import draw, pair_order
+from invdpo.training.optim import build_optimizer, distance, warmed_up
+
+if TYPE_CHECKING:
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+log = logging.getLogger("invdpo")
+
+FP16_LOSS_SCALE = 2.0**16  # where torch's own GradScaler starts
+# The modules that decide a run's weights, and what is said when a stored state was made with others.
+NUMERICS = ("schedule", "inversion", "objectives", "preferences", "backbones", "training", "device", "types")
+CHANGED = {"data_key": "the preference pairs", "code_hash": "the code", "lock_hash": "the locked libraries"}
+FP16_GROWTH_INTERVAL = 2000  # good steps before the scale doubles, as torch's GradScaler
+
+
+def train(study: StudyConfig, arm_name: str, seeds: list[int], device: torch.device) -> None:
+    """Train an arm for each seed into root/runs/<arm>/seed<k>; a finished seed is only brought back to its
+    place.
+
+    Raises InvdpoError (bad input, non-finite loss, full disk) and KeyboardInterrupt (a clean stop that
+    resumes).
+    """
+    arm = study.arm(arm_name)
+    runs = [Run(study, arm, seed, device) for seed in seeds]
+    if not arm.trains:
+        for run in runs:
+            run.finish_untrained()
+        return
+    key = cache_key(study.root / "preferences")
+    for run in runs:
+        run.settle(key)
+    if all(run.finished for run in runs):
+        for run in runs:
+            run.publish()
+        return
+    base = load_unet(study.base, device, arm.training.gradient_checkpointing)
+    schedule = load_schedule(study.base)
+    cache = load_cache(study.root / "preferences", device)
+    for run in runs:
+        if not run.finished:
+            run.train(base, schedule, cache)
+        run.publish()
+
+
+@contextmanager
+def stop_requests() -> Iterator[threading.Event]:
+    """Turn the first SIGINT or SIGTERM into an event that the loop looks at between steps; the second one
+    interrupts.
+
+    Outside the main thread, where Python allows no handlers, the event just never comes.
+    """
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def handler(number: int, frame: object) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+        log.warning("stopping after this step (press Ctrl-C again to stop at once)")
+
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+
+class Run:
+    """One arm and seed: its output folder, its state folder, its training."""
+
+    def __init__(self, study: StudyConfig, arm: ArmConfig, seed: int, device: torch.device) -> None:
+        self.study = study
+        self.arm = arm
+        self.seed = seed
+        self.device = device
+        self.name = f"{arm.name}/seed{seed}"
+        self.out = study.root / "runs" / arm.name / f"seed{seed}"
+        self.state = study.root / "state" / arm.name / f"seed{seed}" / arm.hash
+
+    @property
+    def finished(self) -> bool:
+        """Whether the state says that the run is complete."""
+        return (self.state / "run.json").is_file()
+
+    def settle(self, data_key: str) -> None:
+        """Clear whatever this configuration, code, libraries and pairs did not make: it is never resumed."""
+        identity = {
+            "config_hash": self.arm.hash,
+            "data_key": data_key,
+            "code_hash": code_hash(NUMERICS),
+            "lock_hash": lock_hash(),
+        }
+        path = self.state / "identity.json"
+        if path.is_file():
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            changed = [words for key, words in CHANGED.items() if stored.get(key) != identity[key]]
+            if changed:
+                log.warning(f"{self.name}: {', '.join(changed)} changed since it was trained: it starts from zero")
+                remove(self.state)
+        write_json(path, identity)
+        made_by = _made_by(self.out / "run.json")
+        if made_by not in (None, self.arm.hash):
+            log.warning(
+                f"{self.out} was made by another configuration (hash {made_by}, now {self.arm.hash}): "
+                f"it is replaced, and {self.name} does not resume from it"
+            )
+        if made_by != self.arm.hash or not self.finished:
+            remove(self.out)
+
+    def publish(self) -> None:
+        """Bring the output folder in line with the state."""
+        kept = [step for step in self.arm.training.grid if (self.state / state.checkpoint_folder(step)).is_dir()]
+        state.publish(self.state, self.out, kept, self.finished)
+
+    def finish_untrained(self) -> None:
+        """The base model's run: nothing trained, nothing spent."""
+        remove(self.out)
+        state.write_rows(self.out / "train.jsonl", [])
+        write_json(self.out / "run.json", self._describe(state.Progress(), time.time(), None, {}))
+
+    def train(self, base: UNet2DConditionModel, schedule: NoiseSchedule, cache: PreferenceCache) -> None:
+        """Train from the stored state (or from `base`) to the last step, keeping checkpoints on the grid."""
+        from tqdm import tqdm
+
+        training, recipe = self.arm.training, self.arm.recipe
+        started = time.time()
+        dtype = resolve_dtype(self.device, self.study.precision)
+        policy = _initial_policy(base, self.arm.initial_rounding)
+        reference = _frozen_reference(base, recipe.reference_dtype)
+        optimizer = build_optimizer(policy.parameters(), training, self.arm.learning_rate)
+        progress = state.load_state(self.state, policy, optimizer)
+        if progress.step:
+            log.info(f"{self.name}: resuming after step {progress.step} of {training.steps}")
+            self.publish()
+        elif dtype == torch.float16:
+            progress.loss_scale = FP16_LOSS_SCALE
+        stepper = Stepper(self, policy, reference, base, optimizer, schedule, cache, dtype, progress)
+        saved = progress.step
+
+        def save() -> None:
+            nonlocal saved
+            state.save_state(self.state, policy, optimizer, progress)
+            saved = progress.step
+
+        bar = tqdm(total=training.steps, initial=progress.step, desc=self.name, unit="step", mininterval=0.5)
+        with bar, stop_requests() as stop:
+            while progress.step < training.steps:
+                row = stepper.step()
+                bar.update()
+                bar.set_postfix(loss=f"{row['loss']:.4g}", refresh=False)
+                if progress.step in training.grid:
+                    state.save_checkpoint(self.state, policy, progress.step)
+                    save()
+                    self.publish()
+                    log.debug(f"{self.name}: step {progress.step}, loss {row['loss']:.6g}")
+                if stop.is_set() and progress.step < training.steps:
+                    if saved != progress.step:
+                        save()
+                    log.warning(
+                        f"{self.name}: stopped after step {progress.step} of {training.steps}; "
+                        "the same command goes on from there"
+                    )
+                    raise KeyboardInterrupt
+        last = progress.rows[-1]
+        moved = {
+            "reference_distance": last["reference_distance"],
+            "relative_reference_distance": last["reference_distance"] / stepper.reference_norm,
+            "data_key": cache.key,
+            "pairs": len(cache),
+        }
+        state.finish(self.state, self._describe(progress, started, dtype, moved))
+
+    def _describe(
+        self, progress: state.Progress, started: float, dtype: torch.dtype | None, extra: dict[str, Any]
+    ) -> dict[str, Any]:
+        """The content of run.json: provenance, what was run, what it cost."""
+        return {
+            **stamp(
+                self.study,
+                config_hash=self.arm.hash,
+                seed=self.seed,
+                device=self.device,
+                dtype=None if dtype is None else str(dtype).removeprefix("torch."),
+                started=started,
+                unet_evals=progress.unet_evals,
+            ),
+            "arm": self.arm.name,
+            "method": self.arm.method,
+            "labels": self.arm.labels,
+            "initial_rounding": self.arm.initial_rounding,
+            "base": self.study.base,
+            "recipe": self.arm.recipe.model_dump(mode="json") if self.arm.trains else None,
+            "training": self.arm.training.model_dump(mode="json"),
+            "learning_rate": self.arm.learning_rate if self.arm.trains else None,
+            "beta": self.arm.recipe.beta if self.arm.trains else None,
+            "steps": progress.step,
+            "pairs_seen": progress.pairs_seen,
+            "seconds": progress.seconds,  # in training steps only, over all resumes
+            **extra,
+        }
+
+
+class Stepper:
+    """The optimizer steps of one run; advances `progress` by one step a call."""
+
+    def __init__(
+        self,
+        run: Run,
+        policy: UNet2DConditionModel,
+        reference: UNet2DConditionModel,
+        base: UNet2DConditionModel,
+        optimizer: torch.optim.Optimizer,
+        schedule: NoiseSchedule,
+        cache: PreferenceCache,
+        dtype: torch.dtype,
+        progress: state.Progress,
+    ) -> None:
+        self.arm, self.seed, self.device = run.arm, run.seed, run.device
+        self.name, self.state_folder = run.name, run.state
+        self.policy = UNetEps(policy, dtype)
+        self.reference = UNetEps(reference, dtype)
+        self.parameters: list[Tensor] = list(policy.parameters())
+        self.base_parameters: list[Tensor] = [value.detach() for value in base.parameters()]
+        self.optimizer, self.schedule, self.cache, self.progress = optimizer, schedule, cache, progress
+        self.fp16 = dtype == torch.float16
+        self.flipped = flips(run.arm.labels, len(cache), run.seed)
+        self.reference_norm = float(torch.linalg.vector_norm(torch.stack([p.norm() for p in self.base_parameters])))
+
+    def step(self) -> dict[str, Any]:
+        """One optimizer step; returns its row of train.jsonl.
+
+        Raises InvdpoError when the loss or the gradient is not finite; the policy is then as it was before
+        the step.
+        """
+        began = time.perf_counter()
+        progress, training = self.progress, self.arm.training
+        number = progress.step + 1
+        while True:
+            outputs = self._accumulate(number)
+            loss = torch.stack([output.loss.detach().float() for output in outputs]).mean()
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+            norm = norm / progress.loss_scale
+            progress.unet_evals += sum(output.unet_evals for output in outputs)
+            if not torch.isfinite(loss):
+                self._fail(number, "loss", float(loss))
+            if torch.isfinite(norm):
+                break
+            if not self.fp16 or progress.loss_scale <= 1:
+                self._fail(number, "gradient norm", float(norm))
+            # fp16's gradients overflowed: the same step again with a smaller scale
+            progress.loss_scale, progress.good_steps = progress.loss_scale / 2, 0
+
+        rate = warmed_up(self.arm.learning_rate, number, training.warmup_steps)
+        self._update(norm, rate)
+        progress.step = number
+        progress.pairs_seen += training.batch
+        if self.fp16:
+            progress.good_steps += 1
+            if progress.good_steps == FP16_GROWTH_INTERVAL:
+                progress.loss_scale, progress.good_steps = progress.loss_scale * 2, 0
+        numbers = self._numbers(outputs, loss, norm)
+        progress.seconds += time.perf_counter() - began
+        row = {
+            "step": number,
+            **numbers,
+            "learning_rate": rate,
+            "pairs_seen": progress.pairs_seen,
+            "unet_evals": progress.unet_evals,
+            "seconds": progress.seconds,
+            "memory_bytes": peak_memory(self.device),
+        }
+        progress.rows.append(row)
+        return row
+
+    def _accumulate(self, number: int) -> list[objectives.LossOutput]:
+        """Forward and backward of every micro-batch; gradients carry fp16's loss scale."""
+        training = self.arm.training
+        self.optimizer.zero_grad(set_to_none=True)
+        chosen = pair_order(self.seed, number, training.batch, len(self.cache))
+        size = training.pairs_a_pass
+        outputs = []
+        for first in range(0, training.batch, size):
+            pairs = chosen[first : first + size]
+            batch = draw(self.cache, self.flipped, pairs, self.seed, number, first, training.caption_dropout)
+            outputs.append(
+                objectives.backward(
+                    self.arm.recipe,
+                    self.policy,
+                    self.reference,
+                    batch.x0_win,
+                    batch.x0_lose,
+                    batch.cond,
+                    self.schedule,
+                    batch.generators,
+                    loss_scale=self.progress.loss_scale * size / training.batch,
+                    chunk=training.chunk,
+                )
+            )
+        return outputs
+
+    def _update(self, norm: Tensor, rate: float) -> None:
+        """Unscale, clip to the total norm, and step."""
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        limit = self.arm.training.max_grad_norm
+        factor = torch.clamp(limit / (norm + 1e-6), max=1.0) / self.progress.loss_scale
+        torch._foreach_mul_(gradients, factor)  # pyright: ignore[reportPrivateImportUsage]
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+
+    def _numbers(self, outputs: list[objectives.LossOutput], loss: Tensor, norm: Tensor) -> dict[str, float | None]:
+        """Means over the batch, brought from the device in one transfer; None where the recipe has no
+        loser.
+        """
+        win = torch.cat([output.logratio_win.detach() for output in outputs]).float()
+        losers = [output.logratio_lose.detach() for output in outputs if output.logratio_lose is not None]
+        values = [loss, norm, distance(self.parameters, self.base_parameters), win.mean()]
+        names = ["loss", "grad_norm", "reference_distance", "logratio_win"]
+        if losers:
+            lose = torch.cat(losers).float()
+            # A draw counts half: at the start policy and reference are equal and every pair is one.
+            values += [lose.mean(), (torch.sign(win - lose) / 2 + 0.5).mean()]
+            names += ["logratio_lose", "implicit_accuracy"]
+        found = dict(zip(names, torch.stack([v.detach().float() for v in values]).tolist(), strict=True))
+        return {"logratio_lose": None, "implicit_accuracy": None, **found}
+
+    def _fail(self, number: int, what: str, value: float) -> None:
+        kept = [step for step in self.arm.training.grid if step < number]
+        last = (
+            f"the checkpoint of step {kept[-1]} in {self.state_folder} is kept" if kept else "no checkpoint was due yet"
+        )
+        raise InvdpoError(
+            f"{self.name}: the {what} of step {number} is {value}, so training stopped; {last}. Lower "
+            f"`learning_rate` (now {self.arm.learning_rate:g}) or beta (now {self.arm.recipe.beta:g}), use "
+            "`precision: fp32`, or check the pairs of that step."
+        )
+
+
+def _initial_policy(base: UNet2DConditionModel, rounding: str | None) -> UNet2DConditionModel:
+    policy = copy.deepcopy(base).requires_grad_(True)
+    if rounding is not None:
+        with torch.no_grad():
+            for parameter in policy.parameters():
+                parameter.copy_(parameter.to(getattr(torch, rounding)))
+    return policy
+
+
+def _frozen_reference(base: UNet2DConditionModel, dtype: str) -> UNet2DConditionModel:
+    """The base itself in fp32; a rounded copy for a recipe that compares against a half-precision
+    reference.
+    """
+    base.requires_grad_(False)
+    return base if dtype == "float32" else copy.deepcopy(base).to(getattr(torch, dtype))
+
+
+def _made_by(path: Path) -> str | None:
+    """The configuration hash in a run.json; None where there is no readable one."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["config_hash"]
+    except (OSError, ValueError, KeyError):
+        return None

@@ -1,0 +1,216 @@
+"""Fixtures in the hub's formats, small enough to be made in seconds: a random SD1.5-family pipeline, pairs,
+prompts.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+if TYPE_CHECKING:
+    from invdpo.config import StudyConfig
+
+CAPTIONS = ["a red circle", "a blue square left of a red circle", "a green triangle", "two small circles"]
+
+
+def build_tiny_base(folder: Path, seed: int = 0) -> Path:
+    """A `StableDiffusionPipeline` folder with random weights: 32x32 images, 4x4x4 latents, 16 tokens."""
+    import torch
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    torch.manual_seed(seed)
+    unet = UNet2DConditionModel(
+        sample_size=4,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=4,
+        norm_num_groups=8,
+    )
+    vae = AutoencoderKL(
+        sample_size=32,
+        latent_channels=4,
+        block_out_channels=(8, 8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        norm_num_groups=4,
+        scaling_factor=0.18215,
+    )
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    pieces = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
+    tokenizer = CLIPTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[], model_max_length=16)
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(pieces),
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=16,
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=1,
+        )
+    )
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        steps_offset=1,
+        set_alpha_to_one=False,
+        clip_sample=False,
+    )
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,  # pyright: ignore[reportArgumentType]
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder)
+    reloaded = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    assert len(set(reloaded("a red circle").input_ids)) > 5, "the saved tokenizer lost its vocabulary"
+    return folder
+
+
+def random_jpeg(generator: np.random.Generator, size: int = 40) -> bytes:
+    """A smooth random picture as JPEG bytes."""
+    coarse = generator.integers(0, 256, (5, 5, 3), dtype=np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC).save(stream, "JPEG", quality=95)
+    return stream.getvalue()
+
+
+def tiny_pairs_frame(rows: int = 12, ties: int = 2, seed: int = 0) -> pd.DataFrame:
+    """Pairs in Pick-a-Pic v2's columns; the last `ties` rows are ties and every third winner is image 1."""
+    generator = np.random.default_rng(seed)
+    label_0 = [0.5 if row >= rows - ties else float(row % 3 != 2) for row in range(rows)]
+    return pd.DataFrame(
+        {
+            "are_different": [label != 0.5 for label in label_0],
+            "best_image_uid": [f"{row}-{0 if label_0[row] == 1 else 1}" for row in range(rows)],
+            "caption": [CAPTIONS[row % len(CAPTIONS)] for row in range(rows)],
+            "has_label": [True] * rows,
+            "image_0_uid": [f"{row}-0" for row in range(rows)],
+            "image_1_uid": [f"{row}-1" for row in range(rows)],
+            "jpg_0": [random_jpeg(generator) for _ in range(rows)],
+            "jpg_1": [random_jpeg(generator) for _ in range(rows)],
+            "label_0": label_0,
+            "label_1": [1 - label for label in label_0],
+            "model_0": ["tiny"] * rows,
+            "model_1": ["tiny"] * rows,
+            "ranking_id": list(range(rows)),
+            "user_id": [row % 4 for row in range(rows)],
+        }
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline folder of the SD1.5 family with random weights."""
+    return build_tiny_base(tmp_path_factory.mktemp("base") / "pipeline")
+
+
+@pytest.fixture(scope="session")
+def tiny_pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Pick-a-Pic v2 parquet with 12 pairs of 40x40 images, 2 of them ties."""
+    path = tmp_path_factory.mktemp("pairs") / "train.parquet"
+    tiny_pairs_frame().to_parquet(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text file with four prompts, one a line."""
+    path = tmp_path_factory.mktemp("prompts") / "test.txt"
+    path.write_text("\n".join(CAPTIONS) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def tiny_study(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_base: Path,
+    tiny_pairs: Path,
+    tiny_prompts: Path,
+) -> Callable[..., StudyConfig]:
+    """Makes studies on the tiny base, in a working directory of the test's own.
+
+    Keyword arguments replace top-level keys; `training` and `arms` are merged into the defaults.
+    """
+    monkeypatch.chdir(tmp_path)
+
+    def make(training: dict[str, Any] | None = None, arms: dict[str, Any] | None = None, **changes: Any) -> StudyConfig:
+        from invdpo.config import parse_study
+
+        study: dict[str, Any] = {
+            "study": "tiny",
+            "base": str(tiny_base),
+            "preferences": str(tiny_pairs),
+            "prompts": str(tiny_prompts),
+            "scorers": {},
+            "device": "cpu",
+            "precision": "fp32",
+            "seeds": [0, 1],
+            "training": {
+                "steps": 4,
+                "batch": 4,
+                "checkpoints": [2],
+                "learning_rate": 1.0e-3,
+                "resolution": 32,
+            }
+            | (training or {}),
+            "sampling": {"steps": 2, "guidance_scale": 3.0, "batch": 2},
+            "arms": {"base": {"method": "no_training"}, "dpo": {"method": "diffusion_dpo"}} | (arms or {}),
+        }
+        return parse_study(study | changes, "tiny")
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_cache(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, tiny_pairs: Path) -> Path:
+    """The folder `preferences/` that `invdpo prepare` makes of the tiny pairs."""
+    import os
+
+    import torch
+
+    from invdpo.config import parse_study
+    from invdpo.preferences.cache import prepare
+
+    folder = tmp_path_factory.mktemp("prepared")
+    study = {
+        "study": "tiny",
+        "base": str(tiny_base),
+        "preferences": str(tiny_pairs),
+        "prompts": "none.txt",
+        "scorers": {},
+        "seeds": [0],
+        "training": {"resolution": 32},
+        "sampling": {},
+        "arms": {"base": {"method": "no_training"}},
+    }
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        prepare(parse_study(study, "tiny"), torch.device("cpu"))
+    finally:
+        os.chdir(before)
+    return folder / "results" / "tiny" / "preferences"

@@ -1,0 +1,199 @@
+"""Reading pairs, encoding them, and the label controls."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from conftest import tiny_pairs_frame
+from PIL import Image
+from safetensors.torch import load_file
+
+from invdpo.config import StudyConfig
+from invdpo.errors import InvdpoError
+from invdpo.preferences.cache import load_cache, prepare, square
+from invdpo.preferences.labels import flips
+from invdpo.preferences.reader import Counts, check_columns, find_files, read_pairs
+
+CPU = torch.device("cpu")
+MakeStudy = Callable[..., StudyConfig]
+
+
+def saved(frame: pd.DataFrame, path: Path) -> Path:
+    frame.to_parquet(path)
+    return path
+
+
+def test_ties_are_left_out_and_the_winner_comes_first(tiny_pairs: Path) -> None:
+    counts = Counts()
+    pairs = list(read_pairs([tiny_pairs], counts))
+    frame = pd.read_parquet(tiny_pairs)
+    assert (counts.rows, counts.ties, counts.kept, counts.undecodable) == (12, 2, 10, 0)
+    for pair in pairs:
+        row = frame.iloc[pair.row]
+        winner = "jpg_0" if row.label_0 == 1 else "jpg_1"
+        assert pair.winner == row[winner] and pair.loser != pair.winner
+        assert pair.caption == row.caption
+    assert {frame.iloc[pair.row].label_0 for pair in pairs} == {0.0, 1.0}
+
+
+def test_images_may_come_as_the_datasets_library_writes_them(tmp_path: Path, tiny_pairs: Path) -> None:
+    frame = tiny_pairs_frame()
+    plain = [pair.winner for pair in read_pairs([tiny_pairs], Counts())]
+    for column in ("jpg_0", "jpg_1"):
+        frame[column] = [{"bytes": content, "path": None} for content in frame[column]]
+    assert [pair.winner for pair in read_pairs([saved(frame, tmp_path / "a.parquet")], Counts())] == plain
+
+
+@pytest.mark.parametrize("missing", [["label_0"], ["jpg_1", "caption"]])
+def test_missing_columns_are_named(tmp_path: Path, missing: list[str]) -> None:
+    path = saved(tiny_pairs_frame().drop(columns=missing), tmp_path / "pairs.parquet")
+    with pytest.raises(InvdpoError) as caught:
+        check_columns([path])
+    assert str(path) in str(caught.value)
+    assert f"lacks the column{'s' if len(missing) > 1 else ''} {', '.join(missing)}." in str(caught.value)
+
+
+def test_a_file_that_is_not_parquet_is_named(tmp_path: Path) -> None:
+    (tmp_path / "pairs.parquet").write_text("no parquet")
+    with pytest.raises(InvdpoError, match="pairs.parquet cannot be read as parquet"):
+        check_columns([tmp_path / "pairs.parquet"])
+
+
+def test_a_folder_is_read_in_sorted_order(tmp_path: Path) -> None:
+    for name in ("b", "a"):
+        saved(tiny_pairs_frame(), tmp_path / f"{name}.parquet")
+    assert [path.name for path in find_files(str(tmp_path))] == ["a.parquet", "b.parquet"]
+
+
+def test_missing_source_and_empty_folder_are_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(InvdpoError, match="folder without a parquet file"):
+        find_files(str(tmp_path))
+    with pytest.raises(InvdpoError, match="no file or folder here, nor a reachable hub dataset"):
+        find_files(str(tmp_path / "absent.parquet"))
+
+
+def test_a_hub_dataset_gives_its_train_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("train-0", "train-1", "test-0"):
+        saved(tiny_pairs_frame(), tmp_path / f"{name}.parquet")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path))
+    assert [path.name for path in find_files("someone/pairs")] == ["train-0.parquet", "train-1.parquet"]
+
+
+def broken(rows: int, bad: list[int]) -> pd.DataFrame:
+    frame = tiny_pairs_frame(rows=rows, ties=0)
+    jpegs = list(frame["jpg_1"])
+    for row in bad:
+        jpegs[row] = jpegs[row][: len(jpegs[row]) // 3] if row % 2 else b"no image"
+    frame["jpg_1"] = jpegs
+    return frame
+
+
+def test_one_undecodable_image_in_a_hundred_is_skipped_and_counted(tmp_path: Path, tiny_study: MakeStudy) -> None:
+    path = saved(broken(100, [7]), tmp_path / "pairs.parquet")
+    report = prepare(tiny_study(preferences=str(path)), CPU)
+    assert (report["rows"], report["undecodable"], report["undecodable_rows"], report["pairs"]) == (
+        100,
+        1,
+        [7],
+        99,
+    )
+    assert len(load_cache(Path("results/tiny/preferences"), CPU)) == 99
+
+
+def test_more_undecodable_images_stop_the_run(tmp_path: Path, tiny_study: MakeStudy) -> None:
+    path = saved(broken(100, [7, 30]), tmp_path / "pairs.parquet")
+    with pytest.raises(InvdpoError) as caught:
+        prepare(tiny_study(preferences=str(path)), CPU)
+    assert "2 of the 100 decided pairs" in str(caught.value) and "[7, 30]" in str(caught.value)
+    assert not Path("results/tiny/preferences/cache.safetensors").exists()
+
+
+def test_no_usable_pair_is_an_error(tmp_path: Path, tiny_study: MakeStudy) -> None:
+    path = saved(tiny_pairs_frame(rows=5, ties=5), tmp_path / "pairs.parquet")
+    with pytest.raises(InvdpoError, match="No usable pair is left.*5 rows, 5 of them ties"):
+        prepare(tiny_study(preferences=str(path)), CPU)
+
+
+def test_square_keeps_the_centre_and_maps_to_minus_one_and_one() -> None:
+    image = Image.new("RGB", (90, 40), "black")
+    image.paste((255, 255, 255), (25, 0, 65, 40))
+    assert torch.equal(square(image, 40), torch.ones(3, 40, 40))
+    assert square(image, 16).shape == (3, 16, 16)
+    assert square(Image.new("RGB", (40, 40), "black"), 40).max() == -1
+
+
+def test_cache_holds_what_the_pipeline_computes(tiny_cache: Path, tiny_base: Path, tiny_pairs: Path) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_base)
+    cache = load_cache(tiny_cache, CPU)
+    row = pd.read_parquet(tiny_pairs).iloc[2]  # image 1 won
+    image = square(Image.open(io.BytesIO(row.jpg_1)).convert("RGB"), 32)
+    with torch.no_grad():
+        posterior = pipeline.vae.encode(image[None]).latent_dist
+        embeds, uncond = pipeline.encode_prompt(row.caption, CPU, 1, True)
+    scale = pipeline.vae.config["scaling_factor"]
+    torch.testing.assert_close(cache.win_mean[2], posterior.mean[0] * scale, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(cache.win_std[2], posterior.std[0] * scale, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(cache.embeds[cache.caption_index[2]], embeds[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(cache.uncond[0], uncond[0], rtol=1e-4, atol=1e-5)
+    assert len(cache) == 10 and len(cache.embeds) == 4
+    assert not torch.allclose(cache.embeds[0], cache.embeds[1])
+
+
+def test_preparing_again_changes_nothing_and_new_content_is_noticed(tmp_path: Path, tiny_study: MakeStudy) -> None:
+    path = saved(tiny_pairs_frame(seed=1), tmp_path / "pairs.parquet")
+    folder = Path("results/tiny/preferences")
+    first = prepare(tiny_study(preferences=str(path)), CPU)
+    written = (folder / "cache.safetensors").stat().st_mtime_ns
+    assert prepare(tiny_study(preferences=str(path)), CPU) == first
+    assert (folder / "cache.safetensors").stat().st_mtime_ns == written
+    saved(tiny_pairs_frame(seed=2), path)
+    second = prepare(tiny_study(preferences=str(path)), CPU)
+    assert second["key"] != first["key"]
+    assert json.loads((folder / "report.json").read_text())["key"] == second["key"]
+
+
+def test_two_preparations_are_byte_identical(tmp_path: Path, tiny_study: MakeStudy, tiny_cache: Path) -> None:
+    prepare(tiny_study(), CPU)
+    for name in ("cache.safetensors", "pairs.parquet"):
+        assert (Path("results/tiny/preferences") / name).read_bytes() == (tiny_cache / name).read_bytes()
+    assert set(load_file(tiny_cache / "cache.safetensors")) >= {"win_mean", "lose_std", "embeds", "uncond"}
+
+
+def test_resolution_must_suit_the_vae(tiny_study: MakeStudy) -> None:
+    with pytest.raises(InvdpoError, match="`training.resolution: 30` is not a multiple of 8"):
+        prepare(tiny_study(training={"resolution": 30}), CPU)
+
+
+def test_missing_cache_says_how_to_make_it(tmp_path: Path) -> None:
+    with pytest.raises(InvdpoError, match="Run `invdpo prepare"):
+        load_cache(tmp_path, CPU)
+
+
+def test_base_that_is_not_there_is_named(
+    tmp_path: Path, tiny_study: MakeStudy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(InvdpoError, match="`base: nowhere/base`: it is no folder here, nor a reachable hub id"):
+        prepare(tiny_study(base="nowhere/base"), CPU)
+    (tmp_path / "half").mkdir()
+    with pytest.raises(InvdpoError, match="has no folder `vae`"):
+        prepare(tiny_study(base=str(tmp_path / "half")), CPU)
+
+
+def test_label_controls() -> None:
+    assert not flips("true", 5, 0).any()
+    assert flips("swapped", 5, 0).all()
+    shuffled: Any = flips("shuffled", 10_000, 3)
+    assert torch.equal(shuffled, flips("shuffled", 10_000, 3))
+    assert not torch.equal(shuffled, flips("shuffled", 10_000, 4))
+    assert abs(shuffled.float().mean() - 0.5) < 0.02  # four standard errors

@@ -1,0 +1,537 @@
+"""The training loop: every recipe runs, data are functions of (seed, step), and nothing is lost on the
+way.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from invdpo import objectives
+from invdpo.backbones import sd15
+from invdpo.config import StudyConfig, dump_study
+from invdpo.errors import InvdpoError
+from invdpo.preferences.cache import load_cache
+from invdpo.training import loop
+from invdpo.training.data import draw, pair_order
+from invdpo.training.optim import warmed_up
+
+CPU = torch.device("cpu")
+MakeStudy = Callable[..., StudyConfig]
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def study_with_cache(tiny_study: MakeStudy, tiny_cache: Path) -> MakeStudy:
+    """As `tiny_study`, the pairs already encoded."""
+
+    def make(**changes: Any) -> StudyConfig:
+        study = tiny_study(**changes)
+        shutil.copytree(tiny_cache, study.root / "preferences", dirs_exist_ok=True)
+        return study
+
+    return make
+
+
+def out(arm: str = "dpo", seed: int = 0) -> Path:
+    return Path("results/tiny/runs") / arm / f"seed{seed}"
+
+
+def state(study: StudyConfig, arm: str = "dpo", seed: int = 0) -> Path:
+    return study.root / "state" / arm / f"seed{seed}" / study.arm(arm).hash
+
+
+def weights(arm: str = "dpo", seed: int = 0) -> bytes:
+    return (out(arm, seed) / "unet" / WEIGHTS).read_bytes()
+
+
+def rows(arm: str = "dpo", seed: int = 0) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out(arm, seed) / "train.jsonl").read_text().splitlines()]
+
+
+def train(study: StudyConfig, arm: str = "dpo", seeds: list[int] | None = None) -> None:
+    loop.train(study, arm, seeds or [0], CPU)
+
+
+def interrupt_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Ctrl-C during the given step."""
+    real = loop.Stepper.step
+
+    def stepping(self: loop.Stepper) -> dict[str, Any]:
+        if self.progress.step + 1 == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(self)
+
+    monkeypatch.setattr(loop.Stepper, "step", stepping)
+
+
+def without_cost(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if key not in ("seconds", "memory_bytes")}
+
+
+METHODS = sorted(path.stem for path in (Path(__file__).parents[2] / "config" / "methods").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_steps_of_every_recipe(study_with_cache: MakeStudy, method: str) -> None:
+    small = {} if method in ("sft", "diffusion_dpo") else {"trajectory": {"steps": 3}}
+    arm = {"method": method, "recipe": small, "training": {"steps": 2, "batch": 2, "chunk": 4}}
+    study = study_with_cache(arms={"arm": arm})
+    train(study, "arm")
+    found = rows("arm")
+    assert [row["step"] for row in found] == [1, 2] and [row["pairs_seen"] for row in found] == [2, 4]
+    assert all(math.isfinite(row[key]) for row in found for key in ("loss", "grad_norm", "reference_distance"))
+    assert 0 < found[0]["unet_evals"] < found[1]["unet_evals"]
+    assert (found[0]["implicit_accuracy"] is None) == (method == "sft")
+    if method in ("inversion_dpo_paper", "inversion_dpo_minus"):
+        assert found[0]["grad_norm"] == 0  # Eq. 16 is even in the difference of policy and reference
+    elif method != "inversion_dpo_code":  # whose half-precision reference makes it what rounding makes it
+        assert found[0]["grad_norm"] > 0
+    run = json.loads((out("arm") / "run.json").read_text())
+    assert run["config_hash"] == study.arm("arm").hash and run["steps"] == 2 and run["seed"] == 0
+    assert run["unet_evals"] == found[1]["unet_evals"] and run["recipe"]["name"] == method
+    assert {"git_commit", "lock_hash", "versions", "wall_seconds", "peak_memory_bytes", "device"} <= set(run)
+
+
+def test_a_trained_checkpoint_loads_as_a_unet_and_differs_from_the_base(
+    study_with_cache: MakeStudy, tiny_base: Path
+) -> None:
+    train(study_with_cache())
+    assert sorted(path.name for path in (out() / "checkpoints").iterdir()) == ["step000002", "step000004"]
+    base = sd15.load_unet(tiny_base, CPU).state_dict()
+    early = sd15.load_unet(out() / "checkpoints" / "step000002", CPU).state_dict()
+    final = sd15.load_unet(out(), CPU).state_dict()
+    assert (out() / "checkpoints" / "step000004" / "unet" / WEIGHTS).read_bytes() == weights()
+    distance = math.sqrt(sum(float((final[key] - base[key]).square().sum()) for key in base))
+    assert distance > 0 and any(not torch.equal(early[key], final[key]) for key in final)
+    assert rows()[-1]["reference_distance"] == pytest.approx(distance, rel=1e-4)
+    norm = math.sqrt(sum(float(value.square().sum()) for value in base.values()))
+    run = json.loads((out() / "run.json").read_text())
+    assert run["relative_reference_distance"] == pytest.approx(distance / norm, rel=1e-4)
+
+
+def test_loss_and_accuracy_start_where_policy_and_reference_are_equal(study_with_cache: MakeStudy) -> None:
+    train(study_with_cache(training={"steps": 1}))
+    (row,) = rows()
+    assert row["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert row["implicit_accuracy"] == 0.5
+    assert row["logratio_win"] == row["logratio_lose"] == 0
+
+
+def test_a_preference_that_is_there_is_learnt(study_with_cache: MakeStudy) -> None:
+    from safetensors.torch import save_file
+
+    study = study_with_cache(
+        training={"steps": 30, "batch": 10, "learning_rate": 3.0e-4, "beta": 50.0, "checkpoints": []}
+    )
+    path = study.root / "preferences" / "cache.safetensors"
+    tensors = load_file(path)
+    for key, value in {"win_mean": 1.0, "lose_mean": -1.0, "win_std": 0.0, "lose_std": 0.0}.items():
+        tensors[key] = torch.full_like(tensors[key], value)
+    save_file(tensors, path, metadata={"key": "winners are 1, losers -1"})
+    train(study)
+    found = rows()
+    assert sum(row["implicit_accuracy"] for row in found[-10:]) / 10 > 0.9
+    assert sum(row["loss"] for row in found[-10:]) / 10 < 0.3
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+@pytest.mark.parametrize("stopped_at", [1, 3, 4])
+def test_resumed_run_equals_an_uninterrupted_one(
+    study_with_cache: MakeStudy,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    optimizer: str,
+    stopped_at: int,
+) -> None:
+    settings = {"steps": 5, "batch": 4, "checkpoints": [2], "optimizer": optimizer, "warmup_steps": 4}
+    study = study_with_cache(training=settings)
+    train(study)
+    whole, whole_rows, early = (
+        weights(),
+        rows(),
+        (out() / "checkpoints/step000002/unet" / WEIGHTS).read_bytes(),
+    )
+    (tmp_path / "second").mkdir()
+    monkeypatch.chdir(tmp_path / "second")
+    study = study_with_cache(training=settings)
+    monkeypatch.chdir(tmp_path / "second")
+    shutil.copytree(tmp_path / "results/tiny/preferences", study.root / "preferences", dirs_exist_ok=True)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, stopped_at)
+        with pytest.raises(KeyboardInterrupt):
+            train(study)
+    assert not (out() / "run.json").exists()
+    assert len((state(study) / "train.jsonl").read_text().splitlines()) == stopped_at
+    train(study)
+    assert weights() == whole
+    assert (out() / "checkpoints/step000002/unet" / WEIGHTS).read_bytes() == early
+    assert [without_cost(row) for row in rows()] == [without_cost(row) for row in whole_rows]
+    assert [row["seconds"] for row in rows()] == sorted(row["seconds"] for row in rows())
+
+
+def test_ctrl_c_on_the_command_line_stops_cleanly_and_resumes(study_with_cache: MakeStudy, tmp_path: Path) -> None:
+    study = study_with_cache(training={"steps": 40, "checkpoints": [2]})
+    Path("study.json").write_text(dump_study(study))
+    command = [
+        sys.executable,
+        "-m",
+        "invdpo.cli",
+        "train",
+        "--study",
+        "study.json",
+        "--arm",
+        "dpo",
+        "--seed",
+        "0",
+    ]
+    with open("stderr.txt", "w") as stderr:
+        process = subprocess.Popen([*command, "--threads", "1", "--log", "train.log"], stderr=stderr)
+        while process.poll() is None and not (out() / "train.jsonl").exists():
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+    text = Path("stderr.txt").read_text()
+    assert "Traceback" not in text and "the same command goes on from there" in text
+    assert "the same command goes on from there" in Path("train.log").read_text()
+    done = len((state(study) / "train.jsonl").read_text().splitlines())
+    assert 2 <= done < 40
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        train(study)
+        resumed = weights()
+        shutil.rmtree("results/tiny/state")
+        shutil.rmtree("results/tiny/runs")
+        train(study)
+    finally:
+        torch.set_num_threads(threads)
+    assert weights() == resumed
+
+
+def test_second_interrupt_stops_at_once() -> None:
+    with pytest.raises(KeyboardInterrupt), loop.stop_requests() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.wait(1)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def gradient_of_first_step(study: StudyConfig, arm: str = "dpo") -> tuple[torch.Tensor, list[Any]]:
+    base = sd15.load_unet(study.base, CPU, study.arm(arm).training.gradient_checkpointing)
+    run = loop.Run(study, study.arm(arm), 0, CPU)
+    policy = loop._initial_policy(base, None)
+    assert policy.is_gradient_checkpointing == study.arm(arm).training.gradient_checkpointing
+    stepper = loop.Stepper(
+        run,
+        policy,
+        loop._frozen_reference(base, "float32"),
+        base,
+        torch.optim.SGD(policy.parameters(), lr=0.0),
+        sd15.load_schedule(study.base),
+        load_cache(study.root / "preferences", CPU),
+        torch.float32,
+        loop.state.Progress(),
+    )
+    with torch.no_grad():  # away from the reference, where every pair has the same weight
+        for parameter in policy.parameters():
+            parameter.mul_(1.02)
+    outputs = stepper._accumulate(1)
+    return torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None]), outputs
+
+
+@pytest.mark.parametrize(
+    "arm",
+    [
+        {"method": "diffusion_dpo"},
+        {"method": "sft"},
+        {"method": "p_single", "recipe": {"trajectory": {"steps": 4}}},
+        {"method": "inversion_dpo_implied", "recipe": {"trajectory": {"steps": 3}}},
+    ],
+    ids=lambda arm: arm["method"],
+)
+def test_one_pair_eight_times_accumulated_equals_eight_pairs(study_with_cache: MakeStudy, arm: dict[str, Any]) -> None:
+    gradients, losses = [], []
+    for micro_batch in (8, 2, 1):
+        training = {"batch": 8, "micro_batch": micro_batch, "caption_dropout": 0.3, "beta": 1.0}
+        study = study_with_cache(training=training, arms={"arm": arm})
+        gradient, outputs = gradient_of_first_step(study, "arm")
+        assert len(outputs) == 8 // micro_batch
+        gradients.append(gradient)
+        losses.append(torch.stack([output.loss for output in outputs]).mean())
+    scale = gradients[0].abs().max()
+    assert scale > 0
+    for gradient, loss in zip(gradients[1:], losses[1:], strict=True):
+        torch.testing.assert_close(loss, losses[0], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(gradient / scale, gradients[0] / scale, rtol=1e-3, atol=2e-5)
+
+
+def test_gradient_checkpointing_changes_nothing(study_with_cache: MakeStudy) -> None:
+    plain, outputs = gradient_of_first_step(study_with_cache())
+    saved, saved_outputs = gradient_of_first_step(study_with_cache(training={"gradient_checkpointing": True}))
+    assert torch.equal(outputs[0].loss, saved_outputs[0].loss)
+    torch.testing.assert_close(saved, plain, rtol=1e-5, atol=1e-7)
+
+
+def test_order_is_one_permutation_an_epoch() -> None:
+    order = [pair for step in range(1, 8) for pair in pair_order(0, step, 3, 7)]
+    assert all(sorted(order[start : start + 7]) == list(range(7)) for start in (0, 7, 14))
+    assert order[:7] != order[7:14]
+    assert order != [pair for step in range(1, 8) for pair in pair_order(1, step, 3, 7)]
+    larger = [pair for step in range(1, 4) for pair in pair_order(0, step, 7, 7)]
+    assert larger == order  # the order of pairs does not depend on the batch size
+
+
+def test_swapped_labels_exchange_the_latents_and_nothing_else(tiny_cache: Path) -> None:
+    cache = load_cache(tiny_cache, CPU)
+    plain = draw(cache, torch.zeros(10, dtype=torch.bool), [3, 1], 0, 1, 0, 0.0)
+    swapped = draw(cache, torch.ones(10, dtype=torch.bool), [3, 1], 0, 1, 0, 0.0)
+    assert torch.equal(plain.x0_win, swapped.x0_lose) and torch.equal(plain.x0_lose, swapped.x0_win)
+    assert torch.equal(plain.cond.embeds, swapped.cond.embeds)
+    assert not torch.equal(plain.x0_win, cache.win_mean[[3, 1]])  # drawn, not the mean
+    assert torch.equal(plain.cond.embeds, cache.embeds[cache.caption_index[[3, 1]]])
+
+
+def test_caption_dropout_gives_the_empty_prompt(tiny_cache: Path) -> None:
+    cache = load_cache(tiny_cache, CPU)
+    none = torch.zeros(10, dtype=torch.bool)
+    always = draw(cache, none, [0, 1], 0, 1, 0, 1.0)
+    assert torch.equal(always.cond.embeds, cache.uncond.expand_as(always.cond.embeds))
+
+
+def test_label_controls_reach_the_gradient(study_with_cache: MakeStudy) -> None:
+    arms = {"swapped": {"method": "diffusion_dpo", "labels": "swapped"}}
+    study = study_with_cache(arms=arms, training={"beta": 0.01})  # so small that every pair has half its weight
+    true, _ = gradient_of_first_step(study)
+    swapped, _ = gradient_of_first_step(study, "swapped")
+    assert torch.nn.functional.cosine_similarity(true, swapped, dim=0) < -0.99
+
+
+def test_warm_up() -> None:
+    assert [warmed_up(1.0, step, 4) for step in (1, 2, 4, 9)] == [0.25, 0.5, 1.0, 1.0]
+    assert warmed_up(0.3, 1, 0) == 0.3
+
+
+def test_gradient_clipping_and_learning_rate_are_applied(study_with_cache: MakeStudy, tiny_base: Path) -> None:
+    norms = []
+    for limit in (1.0e9, 1.0e-12):
+        settings = {"steps": 1, "max_grad_norm": limit, "weight_decay": 0.0, "learning_rate": 1.0e-3}
+        study = study_with_cache(training=settings)
+        train(study)
+        norms.append(rows()[0]["reference_distance"])
+    # AdamW's epsilon 1e-8 dwarfs a gradient of norm 1e-12, so the clipped step is next to none.
+    assert norms[1] < 1e-2 * norms[0]
+
+
+def test_initial_rounding_starts_the_policy_from_rounded_weights(study_with_cache: MakeStudy, tiny_base: Path) -> None:
+    arm = {
+        "method": "diffusion_dpo",
+        "initial_rounding": "bfloat16",
+        "training": {"steps": 1, "learning_rate": 1.0e-20},
+    }
+    train(study_with_cache(arms={"arm": arm}, training={"weight_decay": 0.0}), "arm")
+    base = sd15.load_unet(tiny_base, CPU).state_dict()
+    trained = load_file(out("arm") / "unet" / WEIGHTS)
+    for key, value in base.items():
+        torch.testing.assert_close(trained[key], value.bfloat16().float(), rtol=0, atol=1e-12)
+    assert rows("arm")[0]["reference_distance"] > 0
+
+
+def test_base_arm_trains_nothing(study_with_cache: MakeStudy) -> None:
+    train(study_with_cache(), "base", [0, 1])
+    run = json.loads((out("base", 1) / "run.json").read_text())
+    assert (run["steps"], run["unet_evals"], run["recipe"]) == (0, 0, None)
+    assert rows("base", 1) == [] and not (out("base") / "unet").exists()
+
+
+def test_finished_run_is_not_trained_again_but_put_back(
+    study_with_cache: MakeStudy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = study_with_cache()
+    train(study)
+    whole, run = weights(), (out() / "run.json").read_text()
+    assert not (state(study) / "state.pt").exists()
+    shutil.rmtree(out())  # as Snakemake does with the outputs of a failed job
+    monkeypatch.setattr(loop, "load_unet", lambda *_: pytest.fail("the run is finished"))
+    train(study)
+    assert weights() == whole and (out() / "run.json").read_text() == run
+    assert (out() / "checkpoints" / "step000002" / "unet" / WEIGHTS).is_file() and len(rows()) == 4
+
+
+def test_run_folder_of_another_configuration_is_not_resumed(
+    study_with_cache: MakeStudy, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(study_with_cache())
+    old = weights()
+    study = study_with_cache(training={"learning_rate": 5.0e-4, "checkpoints": [3]})
+    train(study)
+    assert "was made by another configuration" in caplog.text and "does not resume" in caplog.text
+    assert weights() != old and len(rows()) == 4
+    assert sorted(path.name for path in (out() / "checkpoints").iterdir()) == ["step000003", "step000004"]
+    fresh = weights()
+    shutil.rmtree("results/tiny/runs")
+    shutil.rmtree("results/tiny/state")
+    train(study)
+    assert weights() == fresh
+
+
+def test_unfinished_state_of_another_configuration_is_not_resumed(
+    study_with_cache: MakeStudy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 3)
+        with pytest.raises(KeyboardInterrupt):
+            train(study_with_cache())
+    study = study_with_cache(training={"learning_rate": 5.0e-4})
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 1)
+        with pytest.raises(KeyboardInterrupt):
+            train(study)
+    assert len((state(study) / "train.jsonl").read_text().splitlines()) == 1  # from step 1, not from step 4
+    assert not (out() / "checkpoints" / "step000002").exists()
+
+
+def test_changed_pairs_start_a_run_again(study_with_cache: MakeStudy, caplog: pytest.LogCaptureFixture) -> None:
+    from safetensors.torch import save_file
+
+    study = study_with_cache()
+    train(study)
+    path = study.root / "preferences" / "cache.safetensors"
+    save_file(load_file(path), path, metadata={"key": "other"})
+    train(study)
+    assert "the preference pairs changed since it was trained: it starts from zero" in caplog.text
+    assert json.loads((out() / "run.json").read_text())["data_key"] == "other"
+
+
+def test_changed_code_starts_a_run_again(
+    study_with_cache: MakeStudy, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    study = study_with_cache()
+    train(study)
+    started = json.loads((out() / "run.json").read_text())["started"]
+    monkeypatch.setattr(loop, "code_hash", lambda _: "edited")
+    train(study)
+    assert "the code changed since it was trained" in caplog.text
+    assert json.loads((out() / "run.json").read_text())["started"] > started
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient norm"])
+def test_non_finite_numbers_stop_the_run_and_keep_the_last_good_checkpoint(
+    study_with_cache: MakeStudy, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    study = study_with_cache(training={"steps": 6, "checkpoints": [2]})
+    real, calls = objectives.backward, []
+
+    def failing(recipe: Any, policy: sd15.UNetEps, *arguments: Any, **options: Any) -> objectives.LossOutput:
+        calls.append(1)
+        output = real(recipe, policy, *arguments, **options)
+        if len(calls) < 4:
+            return output
+        if what == "loss":
+            return objectives.LossOutput(output.loss * math.nan, output.logratio_win, output.logratio_lose, 1)
+        next(policy.unet.parameters()).grad.fill_(math.inf)  # pyright: ignore[reportOptionalMemberAccess]
+        return output
+
+    with monkeypatch.context() as patch:
+        patch.setattr(objectives, "backward", failing)
+        with pytest.raises(InvdpoError) as caught:
+            train(study)
+    assert f"dpo/seed0: the {what} of step 4 is" in str(caught.value)
+    assert "the checkpoint of step 2" in str(caught.value)
+    assert (out() / "checkpoints" / "step000002" / "unet" / WEIGHTS).is_file()
+    assert not (out() / "run.json").exists()
+    train(study)  # goes on from step 2
+    assert len(rows()) == 6
+
+
+def limit_file_size(size: int) -> tuple[int, int]:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    return before
+
+
+def test_full_disk_is_reported_with_the_path_and_leaves_no_partial_file(study_with_cache: MakeStudy) -> None:
+    study = study_with_cache(training={"steps": 4, "checkpoints": [2]})
+    before = limit_file_size(50_000)  # any larger file fails half-way, as on a full disk
+    try:
+        with pytest.raises(InvdpoError, match="The disk is full: .*step000002 could not be written"):
+            train(study)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not [path for path in study.root.rglob("*") if path.name.endswith(".part")]
+    assert not (state(study) / "checkpoints" / "step000002").exists()
+    train(study)
+    assert len(rows()) == 4
+
+
+def test_full_disk_while_the_state_is_saved_keeps_the_older_state(
+    study_with_cache: MakeStudy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = study_with_cache(training={"steps": 4, "checkpoints": [2]})
+    size = 120_000  # above the weights' file, below the state's, which has the optimizer too
+    real = loop.state.save_state
+
+    def with_limit(*arguments: Any) -> None:
+        before = limit_file_size(size)
+        try:
+            real(*arguments)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    monkeypatch.setattr(loop.state, "save_state", with_limit)
+    with pytest.raises(InvdpoError, match="The disk is full: .*state.pt could not be written"):
+        train(study)
+    assert not [path for path in study.root.rglob("*") if path.name.endswith(".part")]
+    assert (state(study) / "checkpoints" / "step000002").is_dir()
+
+
+def test_damaged_state_is_named(study_with_cache: MakeStudy, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = study_with_cache()
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 1)
+        with pytest.raises(KeyboardInterrupt):
+            train(study)
+    (state(study) / "state.pt").write_bytes(b"damaged")
+    with pytest.raises(InvdpoError, match=r"(?s)state.pt cannot be resumed from .* Delete"):
+        train(study)
+
+
+def test_bf16_autocast_trains_and_starts_at_the_reference(study_with_cache: MakeStudy) -> None:
+    train(study_with_cache(precision="bf16", training={"steps": 2}))
+    assert rows()[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert math.isfinite(rows()[1]["loss"])
+    assert json.loads((out() / "run.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_fp16_overflow_repeats_the_step_with_a_smaller_scale(
+    study_with_cache: MakeStudy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = study_with_cache(precision="fp16", training={"steps": 2, "batch": 2, "beta": 1.0})
+    real, scales = objectives.backward, []
+
+    def overflowing(recipe: Any, policy: sd15.UNetEps, *arguments: Any, **options: Any) -> objectives.LossOutput:
+        scales.append(options["loss_scale"])
+        output = real(recipe, policy, *arguments, **options)
+        if len(scales) == 1:
+            next(policy.unet.parameters()).grad.fill_(math.inf)  # pyright: ignore[reportOptionalMemberAccess]
+        return output
+
+    monkeypatch.setattr(objectives, "backward", overflowing)
+    train(study)
+    assert scales == [2.0**16, 2.0**15, 2.0**15]
+    assert len(rows()) == 2 and rows()[0]["grad_norm"] < 1e3
