@@ -1,0 +1,235 @@
+"""Images and scores of one arm: every checkpoint of every seed, on the study's prompts, in one process."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from invdpo.backbones import sd15
+from invdpo.device import resolve_dtype
+from invdpo.errors import InvdpoError
+from invdpo.files import replace_when_done
+from invdpo.prompts import read_prompts
+from invdpo.provenance import stamp
+from invdpo.sampling import decode, prompt_generator, sample, unet_evaluations
+from invdpo.scorers import Scorer, build_scorers
+from invdpo.types import Conditioning
+
+if TYPE_CHECKING:
+    from invdpo.config import ArmConfig, StudyConfig
+
+IMAGES = pa.schema(
+    {
+        "method": pa.string(),
+        "seed": pa.int64(),
+        "step": pa.int64(),
+        "prompt_set": pa.string(),
+        "prompt_id": pa.int64(),
+        "prompt": pa.string(),
+        "sha256": pa.string(),
+        "png": pa.binary(),
+    }
+)
+SCORES = pa.schema(
+    {
+        "method": pa.string(),
+        "seed": pa.int64(),
+        "step": pa.int64(),
+        "prompt_set": pa.string(),
+        "prompt_id": pa.int64(),
+        "prompt": pa.string(),
+        "image_sha256": pa.string(),
+        "scorer": pa.string(),
+        "scorer_version": pa.string(),
+        "score": pa.float64(),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Weights to evaluate. folder: a folder with `unet/`, or the base pipeline's folder or hub id."""
+
+    seed: int
+    step: int
+    folder: str
+
+
+def evaluate(study: StudyConfig, arm: str, seeds: Sequence[int], device: torch.device) -> list[Path]:
+    """Sample, decode and score an arm; returns the score files.
+
+    For each seed writes `images/<arm>/seed<k>.parquet` (the last checkpoint's pictures as PNG) and
+    `scores/<arm>/seed<k>.parquet` (a row an image and score, of every checkpoint; a score that does not exist
+    for a prompt has no row), sorted by step, prompt and score. Each file's schema metadata holds the
+    provenance as JSON under `provenance`. An arm that does not train is evaluated once, as seed 0, step 0,
+    whatever `seeds` says.
+
+    The noise of a prompt is the same for all arms, seeds and steps, so that they can be compared pair by
+    pair. Raises InvdpoError: missing base, scorer, prompts or run, a run of another configuration, non-finite
+    images.
+    """
+    config = study.arm(arm)
+    prompts = read_prompts(study.prompts, study.sampling.prompts)
+    runs = {seed: _checkpoints(study, config, seed) for seed in (seeds if config.trains else [0])}
+    studio = _Studio(study, prompts, device)
+    with tqdm(total=sum(map(len, runs.values())) * len(prompts), unit="image", desc=arm) as bar:
+        return [_evaluate_seed(studio, config, checkpoints, bar) for checkpoints in runs.values()]
+
+
+def _checkpoints(study: StudyConfig, arm: ArmConfig, seed: int) -> list[Checkpoint]:
+    """The checkpoints of a run, ascending by step; InvdpoError where the run is missing or another
+    configuration's.
+    """
+    if not arm.trains:
+        return [Checkpoint(0, 0, study.base)]
+    run = study.root / "runs" / arm.name / f"seed{seed}"
+    again = f"run `invdpo train --study … --arm {arm.name} --seed {seed}`"
+    try:
+        found = json.loads((run / "run.json").read_text(encoding="utf-8"))["config_hash"]
+    except (OSError, ValueError, KeyError) as error:
+        raise InvdpoError(f"{run} holds no finished run ({type(error).__name__}: {error}); {again}") from error
+    if found != arm.hash:
+        raise InvdpoError(f"{run} was trained with another configuration ({found}, now {arm.hash}); {again} again")
+    checkpoints = [Checkpoint(seed, step, str(run / "checkpoints" / f"step{step:06d}")) for step in arm.training.grid]
+    for checkpoint in checkpoints:
+        if not (Path(checkpoint.folder) / "unet").is_dir():
+            raise InvdpoError(f"{checkpoint.folder}/unet is missing; {again} again")
+    return checkpoints
+
+
+class _Studio:
+    """All that does not depend on the checkpoint: prompts and their embeddings, schedule, VAE, scorers."""
+
+    def __init__(self, study: StudyConfig, prompts: list[str], device: torch.device):
+        self.study, self.prompts, self.device = study, prompts, device
+        self.prompt_set = Path(study.prompts).stem
+        self.dtype = resolve_dtype(device, study.precision)
+        self.schedule = sd15.load_schedule(study.base)
+        self.vae = sd15.load_vae(study.base, device)
+        self.scorers = build_scorers(study.scorers, device)
+        text = sd15.load_text(study.base, device)
+        # Kept on the CPU: the embeddings of a large prompt set would take a gigabyte of the GPU's memory.
+        self.embeds = sd15.encode_prompts(text, prompts).cpu()
+        self.uncond = sd15.encode_prompts(text, [""]).cpu()
+        factor = 2 ** (len(self.vae.config["block_out_channels"]) - 1)
+        side = study.training.resolution // factor
+        self.shape = (int(self.vae.config["latent_channels"]), side, side)
+
+    def batches(self) -> list[range]:
+        """The prompts' ids, cut into batches."""
+        ids, size = range(len(self.prompts)), self.study.sampling.batch
+        return [ids[start : start + size] for start in ids[::size]]
+
+    def draw(self, unet: Any, ids: range) -> list[Image.Image]:
+        """The pictures that a UNet makes for some prompts."""
+        sampling = self.study.sampling
+        embeds = self.embeds[ids.start : ids.stop]
+        cond = Conditioning(embeds, uncond=Conditioning(self.uncond.expand(len(ids), -1, -1)))
+        latents = sample(
+            sd15.UNetEps(unet, self.dtype),
+            cond.map(lambda value: value.to(self.device)),
+            self.schedule,
+            sampling.steps,
+            sampling.guidance_scale,
+            [prompt_generator(sampling.seed, prompt_id) for prompt_id in ids],
+            self.shape,
+        )
+        return [Image.fromarray(pixels) for pixels in decode(self.vae, latents)]
+
+
+def _evaluate_seed(studio: _Studio, arm: ArmConfig, checkpoints: list[Checkpoint], bar: tqdm) -> Path:
+    """Draw and score the checkpoints of one run, and write its two files."""
+    study, started = studio.study, time.time()
+    images, scores = [], []
+    for checkpoint in checkpoints:
+        bar.set_description(f"{arm.name} seed {checkpoint.seed} step {checkpoint.step}")
+        unet = sd15.load_unet(checkpoint.folder, studio.device)
+        for ids in studio.batches():
+            try:
+                pictures = studio.draw(unet, ids)
+            except InvdpoError as error:
+                raise InvdpoError(f"arm {arm.name}, seed {checkpoint.seed}, step {checkpoint.step}: {error}") from error
+            heads = [_head(studio, arm, checkpoint, prompt_id) for prompt_id in ids]
+            hashes = [hashlib.sha256(picture.tobytes()).hexdigest() for picture in pictures]
+            scores += _score(studio.scorers, heads, hashes, pictures)
+            if checkpoint is checkpoints[-1]:
+                for head, digest, picture in zip(heads, hashes, pictures, strict=True):
+                    images.append({**head, "sha256": digest, "png": _png(picture)})
+            bar.update(len(ids))
+    spent = unet_evaluations(
+        len(checkpoints) * len(studio.prompts), study.sampling.steps, study.sampling.guidance_scale
+    )
+    provenance = stamp(
+        study,
+        config_hash=arm.hash,
+        seed=checkpoints[0].seed,
+        device=studio.device,
+        dtype=str(studio.dtype).removeprefix("torch."),
+        started=started,
+        unet_evals=spent,
+    )
+    provenance["sampling"] = study.sampling.model_dump()
+    provenance["scorer_versions"] = [scorer.version for scorer in studio.scorers]
+    scores.sort(key=lambda row: (row["step"], row["prompt_id"], row["scorer"]))
+    name = f"seed{checkpoints[0].seed}.parquet"
+    _write(study.root / "images" / arm.name / name, images, IMAGES, provenance)
+    _write(study.root / "scores" / arm.name / name, scores, SCORES, provenance)
+    return study.root / "scores" / arm.name / name
+
+
+def _head(studio: _Studio, arm: ArmConfig, checkpoint: Checkpoint, prompt_id: int) -> dict[str, Any]:
+    """The columns that images and scores share."""
+    return {
+        "method": arm.name,
+        "seed": checkpoint.seed,
+        "step": checkpoint.step,
+        "prompt_set": studio.prompt_set,
+        "prompt_id": prompt_id,
+        "prompt": studio.prompts[prompt_id],
+    }
+
+
+def _score(
+    scorers: list[Scorer], heads: list[dict[str, Any]], hashes: list[str], pictures: list[Image.Image]
+) -> list[dict[str, Any]]:
+    """A row an image and score; none where the score does not exist for that prompt."""
+    rows = []
+    for scorer in scorers:
+        for name, values in scorer.score(pictures, [head["prompt"] for head in heads]).items():
+            for head, digest, value in zip(heads, hashes, values.tolist(), strict=True):
+                if not np.isnan(value):
+                    row = {
+                        "image_sha256": digest,
+                        "scorer": name,
+                        "scorer_version": scorer.version,
+                        "score": value,
+                    }
+                    rows.append({**head, **row})
+    return rows
+
+
+def _png(picture: Image.Image) -> bytes:
+    stream = io.BytesIO()
+    picture.save(stream, "PNG")
+    return stream.getvalue()
+
+
+def _write(path: Path, rows: list[dict[str, Any]], schema: pa.Schema, provenance: dict[str, Any]) -> None:
+    """A parquet file, whole or not at all, with its provenance as JSON in the schema's metadata."""
+    table = pa.Table.from_pylist(rows, schema=schema)
+    table = table.replace_schema_metadata({"provenance": json.dumps(provenance, sort_keys=True)})
+    with replace_when_done(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd")

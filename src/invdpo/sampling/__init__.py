@@ -1,0 +1,5 @@
+"""Images from an eps-model, one seed a prompt."""
+
+from invdpo.sampling.ddim import decode, prompt_generator, sample, unet_evaluations
+
+__all__ = ["decode", "prompt_generator", "sample", "unet_evaluations"]

@@ -1,0 +1,90 @@
+"""PickScore (Kirstain et al. 2023): raw cosine of image and prompt under a CLIP model tuned on Pick-a-Pic.
+
+The authors' `utils/pickscore_utils.py` returns the cosine (0.20 to 0.23), the model card's example the cosine
+times exp(logit_scale), about 100. Here: the cosine.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from invdpo.errors import InvdpoError
+from invdpo.scorers.openclip import half_on_cuda
+from invdpo.scorers.weights import finite, loading, sha12, weights_in
+
+FIELD = "scorers.pickscore.model"
+
+
+class PickScore:
+    """`score` gives {"pickscore": (B,)}.
+
+    model: folder or hub id of a transformers `CLIPModel`. processor: folder or hub id of its `CLIPProcessor`,
+    where that is another one (PickScore_v1 uses `laion/CLIP-ViT-H-14-laion2B-s32B-b79K`'s). Prompts are cut
+    and padded to the model's length (77). Images are resized by PIL, as when the authors published: the
+    torchvision backend that transformers prefers today differs by up to 1/255.
+    """
+
+    def __init__(self, model: str, device: torch.device, processor: str | None = None):
+        folder = _model_folder(model)
+        self.device = device
+        self.model: Any = loading(FIELD, model, lambda: _load_model(folder, device))
+        self.processor: Any = loading(
+            "scorers.pickscore.processor" if processor else FIELD,
+            processor or model,
+            lambda: _load_processor(processor or str(folder)),
+        )
+        self.length = int(self.model.config.text_config.max_position_embeddings)
+        crop = self.processor.image_processor.crop_size["height"]
+        self.version = f"pickscore:{sha12(weights_in(folder, FIELD))}:shortest-bicubic-{crop}"
+
+    @torch.no_grad()
+    def score(self, images: list[Image.Image], prompts: list[str]) -> dict[str, np.ndarray]:
+        """PIL images and their prompts -> {"pickscore": (B,) float32}, higher is better."""
+        pixels = self.processor(images=images, return_tensors="pt").to(self.device)
+        tokens = self.processor(
+            text=prompts, padding="max_length", truncation=True, max_length=self.length, return_tensors="pt"
+        ).to(self.device)
+        with half_on_cuda(self.device):
+            image = _features(self.model.get_image_features(**pixels))
+            text = _features(self.model.get_text_features(**tokens))
+        return {"pickscore": finite("pickscore", (image * text).sum(-1))}
+
+
+def _features(output: Any) -> Tensor:
+    """The unit embeddings (B, D) in float32: transformers 5 returns an object where 4 returned the tensor."""
+    return normalize(output.pooler_output.float(), dim=-1)
+
+
+def _model_folder(model: str) -> Path:
+    """The local folder of the model; a hub id is fetched into the hub's cache first."""
+    if Path(model).is_dir():
+        return Path(model)
+    if model.count("/") != 1 or model.startswith((".", "/")):
+        raise InvdpoError(f"{FIELD}: there is no folder {model}; put the model there or set `{FIELD}` to where it is")
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.txt", "*.safetensors"]
+    return Path(loading(FIELD, model, lambda: snapshot_download(model, allow_patterns=patterns)))
+
+
+def _load_model(folder: Path, device: torch.device) -> Any:
+    from transformers import CLIPModel
+
+    loaded: Any = CLIPModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    model, report = loaded
+    if report["missing_keys"]:
+        raise InvdpoError(f"{FIELD}: the weights in {folder} lack {sorted(report['missing_keys'])[:3]}")
+    return model.to(device).eval().requires_grad_(False)
+
+
+def _load_processor(identifier: str) -> Any:
+    from transformers import CLIPProcessor
+
+    return CLIPProcessor.from_pretrained(identifier, backend="pil")
