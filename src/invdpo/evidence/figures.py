@@ -1,0 +1,429 @@
+"""The study's figures as pdf and png: curves (Fig. 3, S7, S8), controls, inversion steps, sample grids.
+
+Colours are Okabe and Ito's, which colour-blind readers can tell apart; a method has the same colour in every figure,
+and curves are named where they end instead of in a legend. Files carry no dates, so the same data gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from invdpo.errors import InvdpoError
+from invdpo.evidence.load import (
+    Evidence,
+    arm_title,
+    baseline_arm,
+    comparison_arms,
+    control_arms,
+    load_evidence,
+    scorer_title,
+    step_families,
+)
+from invdpo.evidence.statistics import Interval, mean_interval, paired_difference
+from invdpo.files import replace_when_done
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from invdpo.config import StudyConfig
+
+BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
+YELLOW, BLUE, VERMILION, PURPLE = "#F0E442", "#0072B2", "#D55E00", "#CC79A7"
+GREY = "#777777"
+COLOURS = {
+    "no_training": GREY,
+    "diffusion_dpo": BLACK,
+    "inversion_dpo_paper": VERMILION,
+    "inversion_dpo_code": PURPLE,
+    "inversion_dpo_implied": BLUE,
+    "inversion_dpo_minus": YELLOW,
+    "inversion_dpo_exact": SKY,
+    "sft": ORANGE,
+    "p_single": GREEN,
+    "q_single": SKY,
+}
+# The curve figures of the paper, and the study's own on the primary score.
+CURVES = {"fig3": "pickscore", "fig_s7": "aesthetic", "fig_s8": "clip", "fig_oracle": "primary"}
+
+
+def method_colour(study: StudyConfig, arm: str) -> str:
+    """The fixed colour of an arm's method; other methods share the remaining colours in the order of the study."""
+    method = Path(study.arms[arm].method).stem
+    if method in COLOURS:
+        return COLOURS[method]
+    others = list(dict.fromkeys(Path(entry.method).stem for entry in study.arms.values()))
+    others = [name for name in others if name not in COLOURS]
+    return (ORANGE, SKY, GREEN, YELLOW, PURPLE)[others.index(method) % 5]
+
+
+def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, np.ndarray]:
+    """A figure (inches) with a grid of axes, and the style of the study."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams.update(
+        {
+            "font.family": "DejaVu Sans",
+            "font.size": 8,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.titlesize": 9,
+            "axes.linewidth": 0.6,
+            "axes.formatter.useoffset": False,
+            "xtick.major.width": 0.6,
+            "ytick.major.width": 0.6,
+            "pdf.fonttype": 42,
+            "svg.hashsalt": "invdpo",
+        }
+    )
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(rows, columns, figsize=(width, height), squeeze=False, **options)
+    return figure, axes
+
+
+def save(figure: Figure, folder: Path, name: str) -> list[Path]:
+    """Write folder/name.pdf and .png (150 dpi) without dates, and close the figure."""
+    from matplotlib import pyplot
+
+    paths = []
+    for kind, metadata in (("pdf", {"CreationDate": None, "ModDate": None}), ("png", {"Software": None})):
+        path = folder / f"{name}.{kind}"
+        with replace_when_done(path) as temporary:
+            figure.savefig(temporary, format=kind, dpi=150, metadata=metadata)
+        paths.append(path)
+    pyplot.close(figure)
+    return paths
+
+
+def placeholder(text: str) -> Figure:
+    """A figure that says why there is nothing to draw, so that every declared file exists."""
+    figure, axes = _figure(6, 1.5)
+    axes[0, 0].axis("off")
+    axes[0, 0].text(0.5, 0.5, text, ha="center", va="center", color=GREY)
+    return figure
+
+
+def spread_labels(positions: list[float], gap: float, low: float, high: float) -> list[float]:
+    """Label positions moved apart to at least `gap`: as little as needed, in order, inside [low, high] if they fit."""
+    order = np.argsort(positions, kind="stable")
+    # Blocks of touching labels, each centred on the mean of what its labels want.
+    blocks: list[list[int]] = []
+
+    def start(block: list[int]) -> float:
+        wanted = float(np.mean([positions[i] for i in block])) - gap * (len(block) - 1) / 2
+        return max(low, min(wanted, high - gap * (len(block) - 1)))
+
+    for index in order:
+        blocks.append([int(index)])
+        while len(blocks) > 1 and start(blocks[-1]) < start(blocks[-2]) + gap * len(blocks[-2]) - 1e-12:
+            last = blocks.pop()
+            blocks[-1] += last
+    placed = [0.0] * len(positions)
+    for block in blocks:
+        for rank, index in enumerate(block):
+            placed[index] = start(block) + rank * gap
+    return placed
+
+
+def _broken(arm: str) -> str:
+    """The arm's title on short lines."""
+    return arm_title(arm).replace(" (", "\n(").replace(", ", ",\n")
+
+
+def _line(study: StudyConfig, arm: str) -> dict[str, Any]:
+    """Line style of an arm: its method's colour; dashes for a variant of the method that is not the method itself."""
+    same = [name for name in comparison_arms(study) if study.arms[name].method == study.arms[arm].method]
+    styles = ["-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1, 1, 1))]
+    markers = ["o", "s", "^", "D"]
+    rank = same.index(arm) % len(styles)
+    return {"color": method_colour(study, arm), "linestyle": styles[rank], "marker": markers[rank]}
+
+
+def _curve_intervals(evidence: Evidence, arm: str, base: str | None, scorer: str) -> list[Interval]:
+    """Mean score at every checkpoint. The band is that of the paired gain over the base, drawn around the mean:
+
+    how much prompts differ from each other is common to all curves and would only blur the comparison.
+    """
+    if base is None:
+        return [mean_interval(table) for table in evidence.scores[arm].values[scorer]]
+    curve, start = evidence.paired_curves(arm, base, scorer)
+    level = float(start[-1].mean())
+    gains = [mean_interval(table - start[-1]) for table in curve]
+    return [
+        Interval(g.estimate + level, g.low + level, g.high + level, g.standard_error, g.seeds, g.prompts) for g in gains
+    ]
+
+
+def curves(evidence: Evidence, metric: str) -> Figure:
+    """Mean score of every arm of the comparison against optimizer steps, UNet evaluations and training seconds."""
+    study = evidence.study
+    scorer = evidence.primary if metric == "primary" else metric
+    base = baseline_arm(study)
+    arms = [arm for arm in comparison_arms(study) if evidence.has(arm, scorer) and evidence.scores[arm].trained]
+    if not arms:
+        return placeholder(f"{scorer_title(scorer)}: no arm of the comparison has this score")
+    figure, axes = _figure(11.4, 3.6, 1, 3, sharey=True)
+    figure.subplots_adjust(left=0.07, right=0.785, bottom=0.15, top=0.90, wspace=0.10)
+    panels = axes[0]
+    has_base = base is not None and evidence.has(base, scorer)
+    start = float(evidence.final(base, scorer).mean()) if base and has_base else None
+    ends: dict[str, tuple[float, float]] = {}
+    intervals = {arm: _curve_intervals(evidence, arm, base if has_base else None, scorer) for arm in arms}
+    for panel, column in zip(panels, ("step", "unet_evals", "seconds"), strict=True):
+        for arm in arms:
+            steps = evidence.scores[arm].steps
+            cost = {step: float(step) for step in steps} if column == "step" else evidence.cost(arm, column)
+            known = [k for k, step in enumerate(steps) if step in cost]
+            x = [cost[steps[k]] for k in known]
+            rows = [intervals[arm][k] for k in known]
+            if start is not None and column != "unet_evals" and steps[0] > 0:
+                x, rows = [0.0, *x], [Interval(start, start, start, 0.0, 1, 1), *rows]
+            if not x:
+                continue
+            style = _line(study, arm)
+            panel.plot(x, [row.estimate for row in rows], linewidth=1.4, markersize=3, zorder=3, **style)
+            lows, highs = [row.low for row in rows], [row.high for row in rows]
+            panel.fill_between(x, lows, highs, color=style["color"], alpha=0.13, linewidth=0, zorder=2)
+            ends[arm] = (x[-1], rows[-1].estimate)
+        if start is not None:
+            panel.axhline(start, color=GREY, linestyle=(0, (2, 2)), linewidth=1, zorder=1)
+        panel.grid(axis="y", color="#e6e6e6", linewidth=0.6)
+        panel.set_axisbelow(True)
+    panels[0].set_xlabel("optimizer steps")
+    panels[1].set_xscale("log")
+    panels[1].set_xlabel("UNet evaluations (log scale)")
+    panels[2].set_xlabel("training seconds (this machine)")
+    for panel in (panels[0], panels[2]):
+        panel.set_xlim(left=0)
+    panels[0].set_ylabel(scorer_title(scorer))
+    seeds = sorted({len(evidence.scores[arm].seeds) for arm in arms})
+    prompts = len(evidence.scores[arms[0]].prompts)
+    counted = f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else str(seeds[0])
+    noun = "seed" if counted == "1" else "seeds"
+    figure.suptitle(
+        f"{scorer_title(scorer)}: mean over {counted} training {noun} and {prompts} prompts; "
+        + ("bands: 95 % interval of the paired gain over the base" if has_base else "bands: 95 % interval"),
+        x=0.07,
+        ha="left",
+        fontsize=9,
+    )
+    names = list(ends)
+    heights = {arm: intervals[arm][-1].estimate for arm in names}
+    if start is not None and base:
+        names.append(base)
+        heights[base] = start
+    _label_ends(
+        panels[2], [(heights[name], arm_title(name), method_colour(study, name)) for name in names], ends, names
+    )
+    return figure
+
+
+def _label_ends(
+    panel: Axes, labels: list[tuple[float, str, str]], ends: dict[str, tuple[float, float]], names: list[str]
+) -> None:
+    """Names of the curves right of the panel, each joined by a thin line to the height where its curve ends."""
+    low, high = panel.get_ylim()
+    panel.set_ylim(low, high)
+    right = panel.get_xlim()[1]
+    panel.set_xlim(right=right)
+    inches = panel.get_position().height * panel.figure.get_size_inches()[1]  # pyright: ignore
+    gap = (high - low) * 0.145 / inches
+    places = spread_labels([height for height, _, _ in labels], gap, low, high)
+    to_axes = panel.get_yaxis_transform()
+    for name, (height, text, colour), place in zip(names, labels, places, strict=True):
+        shown = text if len(text) <= 46 else textwrap.shorten(text, 46, placeholder="…")
+        if name in ends and right > 0:
+            panel.plot([ends[name][0] / right, 1.0], [height, height], transform=to_axes, color=colour, linewidth=0.5,
+                       alpha=0.5, zorder=1)  # fmt: skip
+        panel.plot([1.0, 1.06], [height, place], transform=to_axes, color=colour, linewidth=0.6, clip_on=False)
+        ink = "#8a7d00" if colour == YELLOW else colour
+        panel.text(1.075, place, shown, transform=to_axes, color=ink, va="center", ha="left", fontsize=7)
+
+
+def _error(panel: Axes, x: float, interval: Interval, colour: str) -> None:
+    panel.plot([x, x], [interval.low, interval.high], color=colour, linewidth=1.1, zorder=4)
+
+
+def controls(evidence: Evidence) -> Figure:
+    """Gain over the base model in the primary score with true, shuffled and swapped labels, per method."""
+    study, scorer, base = evidence.study, evidence.primary, baseline_arm(evidence.study)
+    groups = {
+        method: {labels: arm for labels, arm in {"true": method, **arms}.items() if evidence.has(arm, scorer)}
+        for method, arms in control_arms(study).items()
+    }
+    groups = {method: arms for method, arms in groups.items() if arms}
+    if not groups or base is None or not evidence.has(base, scorer):
+        return placeholder("No control has been scored")
+    figure, axes = _figure(max(4.5, 1.1 + 1.75 * len(groups)), 3.6)
+    panel = axes[0, 0]
+    order = [labels for labels in ("true", "shuffled", "swapped") if any(labels in arms for arms in groups.values())]
+    width = 0.8 / len(order)
+    for group, (method, arms) in enumerate(groups.items()):
+        colour = method_colour(study, method)
+        for rank, labels in enumerate(order):
+            if labels not in arms:
+                continue
+            gain = paired_difference(*evidence.paired(arms[labels], base, scorer))
+            x = group + (rank - (len(order) - 1) / 2) * width
+            face = {"true": colour, "shuffled": "white", "swapped": "white"}[labels]
+            panel.bar(x, gain.estimate, width * 0.88, facecolor=face, edgecolor=colour, linewidth=1,
+                      hatch="/////" if labels == "swapped" else None, zorder=3)  # fmt: skip
+            _error(panel, x, gain, BLACK if colour != BLACK or labels != "true" else GREY)
+            if gain.low == gain.high:
+                panel.plot([x], [gain.estimate], marker="_", color=colour, markersize=7, zorder=4)
+    panel.axhline(0, color=BLACK, linewidth=0.7, zorder=2)
+    panel.set_xticks(range(len(groups)), [_broken(method) for method in groups])
+    panel.tick_params(axis="x", length=0)
+    panel.set_xlim(-0.6, len(groups) - 0.4)
+    panel.set_ylabel(f"{scorer_title(scorer)}, minus base")
+    panel.grid(axis="y", color="#e6e6e6", linewidth=0.6)
+    panel.set_axisbelow(True)
+    from matplotlib.patches import Patch
+
+    faces, hatches = {"true": GREY}, {"swapped": "/////"}
+    handles = [
+        Patch(facecolor=faces.get(k, "white"), edgecolor=GREY, hatch=hatches.get(k), label=f"{k} labels") for k in order
+    ]
+    figure.legend(handles=handles, loc="upper right", ncols=len(order), frameon=False, fontsize=7.5)
+    figure.subplots_adjust(left=0.9 / figure.get_figwidth(), right=0.98, bottom=0.16, top=0.88)
+    return figure
+
+
+def inversion_steps(evidence: Evidence) -> Figure:
+    """Difference from the base model against the number of inversion steps, one panel a score."""
+    study, base = evidence.study, baseline_arm(evidence.study)
+    metrics = list(dict.fromkeys(["pickscore", "clip", "aesthetic", evidence.primary]))
+    metrics = [m for m in metrics if base and evidence.has(base, m)]
+    families = step_families(study)
+    families = {name: arms for name, arms in families.items() if any(evidence.has(arm) for arm in arms.values())}
+    if not families or not metrics or base is None:
+        return placeholder("No inversion-step ablation has been scored")
+    counts = sorted({n for arms in families.values() for n in arms})
+    figure, axes = _figure(1.8 + 2.35 * len(metrics), 3.2, 1, len(metrics))
+    figure.subplots_adjust(left=0.95 / figure.get_figwidth(), right=0.99, bottom=0.15, top=0.78, wspace=0.36)
+    handles = {}
+    for panel, scorer in zip(axes[0], metrics, strict=True):
+        for rank, (family, arms) in enumerate(families.items()):
+            known = [n for n, arm in arms.items() if evidence.has(arm, scorer)]
+            gains = [paired_difference(*evidence.paired(arms[n], base, scorer)) for n in known]
+            if not known:
+                continue
+            colour = method_colour(study, arms[known[-1]])
+            # Families stand a little beside each other, so that their intervals can be told apart.
+            shift = (rank - (len(families) - 1) / 2) * 0.07
+            x = [counts.index(n) + shift for n in known]
+            (handles[family],) = panel.plot(
+                x, [g.estimate for g in gains], color=colour, marker="os^Dv"[rank % 5], markersize=4, linewidth=1.3,
+                zorder=3, label=arm_title(family),
+            )  # fmt: skip
+            for place, gain in zip(x, gains, strict=True):
+                _error(panel, place, gain, colour)
+        panel.axhline(0, color=GREY, linestyle=(0, (2, 2)), linewidth=1)
+        panel.set_xticks(range(len(counts)), [str(n) for n in counts])
+        panel.set_xlim(-0.35, len(counts) - 0.65)
+        panel.set_xlabel("inversion steps N")
+        panel.set_title(scorer_title(scorer), loc="left")
+        panel.grid(axis="y", color="#e6e6e6", linewidth=0.6)
+        panel.set_axisbelow(True)
+    axes[0, 0].set_ylabel("minus base, with 95 % interval")
+    figure.legend(
+        handles=list(handles.values()),
+        loc="upper left",
+        ncols=min(4, len(handles)),
+        frameon=False,
+        bbox_to_anchor=(0.01, 1.0),
+        fontsize=8,
+    )
+    return figure
+
+
+def quantile_prompts(difference: np.ndarray, count: int) -> list[int]:
+    """Indices of `count` prompts at evenly spaced quantiles of a difference (prompts,), largest first."""
+    order = np.argsort(-difference, kind="stable")
+    places = np.linspace(0, len(order) - 1, min(count, len(order)))
+    return [int(order[round(place)]) for place in places]
+
+
+def grid(evidence: Evidence) -> Figure:
+    """Samples of several arms: a row a prompt, a column an arm, the same noise along a row.
+
+    The prompts lie at evenly spaced quantiles of the primary-score difference between the last arm and the first, in
+    the first training seed: the best gain on top, the worst loss at the bottom, nobody's taste in between.
+    """
+    from PIL import Image
+
+    study, scorer = evidence.study, evidence.primary
+    grids = study.experiments.grids
+    arms = [arm for arm in grids.arms if evidence.has(arm, scorer)] if grids else []
+    images = {arm: frame for arm in arms if (frame := _first_seed_images(study, arm)) is not None}
+    arms = [arm for arm in arms if arm in images]
+    if grids is None or len(arms) < 2:
+        return placeholder("Fewer than two arms of the grid have images")
+    first, last = evidence.paired(arms[0], arms[-1], scorer)
+    chosen = quantile_prompts((last - first)[0], grids.prompts)
+    prompts, texts = evidence.scores[arms[0]].prompts, evidence.scores[arms[0]].texts
+    size, text_width, head = 1.25, 1.65, 0.75
+    row_height = size + 0.2
+    width, height = text_width + size * len(arms), head + row_height * len(chosen)
+    figure, axes = _figure(width, height, len(chosen), len(arms))
+    for row, prompt in enumerate(chosen):
+        for column, arm in enumerate(arms):
+            panel = axes[row, column]
+            panel.set_position(
+                (
+                    (text_width + size * column + 0.03) / width,
+                    1 - (head + row_height * row + size - 0.03) / height,
+                    (size - 0.06) / width,
+                    (size - 0.06) / height,
+                )
+            )
+            panel.axis("off")
+            key = prompts[prompt]
+            if key not in images[arm].index:
+                raise InvdpoError(f"images of {arm}: no image of prompt {key}. Evaluate the arm again.")
+            with Image.open(io.BytesIO(images[arm].at[key, "png"])) as image:  # pyright: ignore
+                panel.imshow(np.asarray(image.convert("RGB")), interpolation="nearest", aspect="equal")
+            score = evidence.final(arm, scorer)[0, prompt]
+            panel.text(0.5, -0.03, f"{score:.3g}", transform=panel.transAxes, ha="center", va="top", fontsize=7)
+            if row == 0:
+                panel.set_title(_broken(arm), fontsize=7.5)
+        middle = 1 - (head + row_height * row + size / 2) / height
+        caption = textwrap.fill(textwrap.shorten(texts[prompt], 130, placeholder="…"), 24)
+        figure.text(0.06 / width, middle, caption, ha="left", va="center", fontsize=7.5)
+    note = f"Under each image: {scorer_title(scorer)}. "
+    note += "Rows: evenly spaced quantiles of its gain, last column over first."
+    figure.text(0.06 / width, 1 - 0.08 / height, "\n".join(textwrap.wrap(note, int(width * 15))), va="top", fontsize=7)
+    return figure
+
+
+def _first_seed_images(study: StudyConfig, arm: str) -> pd.DataFrame | None:
+    """The last checkpoint's images of the arm's first seed, indexed by (prompt_set, prompt_id); None without images."""
+    paths = [study.root / "images" / arm / f"seed{seed}.parquet" for seed in study.seeds]
+    paths += [study.root / "images" / arm / "seed0.parquet"]  # the base model's only file
+    path = next((path for path in paths if path.exists()), None)
+    if path is None:
+        return None
+    frame = pd.read_parquet(path, columns=["step", "prompt_set", "prompt_id", "png"])
+    frame = frame[frame["step"] == frame["step"].max()]
+    keys = ["prompt_set", "prompt_id"]
+    return frame.astype({"prompt_set": str, "prompt_id": str}).set_index(keys)
+
+
+def write(study: StudyConfig) -> list[Path]:
+    """Write root/figures/{fig3,fig_s7,fig_s8,fig_oracle,controls,inversion_steps,grid}.{pdf,png}; the paths written."""
+    evidence = load_evidence(study)
+    folder = study.root / "figures"
+    written = []
+    for name, metric in CURVES.items():
+        written += save(curves(evidence, metric), folder, name)
+    for name, draw in (("controls", controls), ("inversion_steps", inversion_steps), ("grid", grid)):
+        written += save(draw(evidence), folder, name)
+    return written

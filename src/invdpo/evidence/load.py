@@ -1,0 +1,249 @@
+"""What the stages before left behind: scores, training logs and run records, as arrays the statistics can use."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from invdpo.errors import InvdpoError
+
+if TYPE_CHECKING:
+    from invdpo.config import StudyConfig
+
+# Order of the columns in every table; a score that is not listed comes after these, by name.
+SCORERS = {
+    "oracle_utility": "Oracle utility",
+    "oracle_sg_iou": "SG-IoU",
+    "oracle_entity_iou": "Entity-IoU",
+    "oracle_relation_iou": "Relation-IoU",
+    "pickscore": "PickScore",
+    "clip": "CLIP",
+    "aesthetic": "Aesthetic",
+    "hps": "HPS",
+}
+ARMS = {
+    "base": "Base",
+    "sft": "SFT",
+    "diffusion_dpo": "Diffusion-DPO",
+    "inversion_dpo_paper": "Inversion-DPO (Eq. 16)",
+    "inversion_dpo_minus": "Inversion-DPO (Eq. 16, DPO's sign)",
+    "inversion_dpo_code": "Inversion-DPO (released code)",
+    "inversion_dpo_exact": "Inversion-DPO (Eq. 11)",
+    "inversion_dpo_implied": "Inversion-DPO (implied noise)",
+    "q_single": "one timestep of q",
+    "p_single": "one timestep of p",
+}
+SUFFIXES = {
+    "shuffled": "labels shuffled",
+    "swapped": "labels swapped",
+    "published": "published",
+    "rounded": "fp16 start",
+}
+
+
+def scorer_title(name: str) -> str:
+    """How a score is called in print."""
+    return SCORERS.get(name, name)
+
+
+def arm_title(name: str) -> str:
+    """How an arm is called in print: `diffusion_dpo_shuffled` -> `Diffusion-DPO, labels shuffled`."""
+    if name in ARMS:
+        return ARMS[name]
+    stem, _, suffix = name.rpartition("_")
+    if stem and suffix in SUFFIXES:
+        return f"{arm_title(stem)}, {SUFFIXES[suffix]}"
+    if stem and suffix[:1] == "n" and suffix[1:].isdigit():
+        return f"{arm_title(stem)}, N = {suffix[1:]}"
+    return name
+
+
+@dataclass(frozen=True)
+class ArmScores:
+    """All scores of one arm. values[scorer]: (steps, seeds, prompts that have this score) float64, by (set, id)."""
+
+    arm: str
+    steps: tuple[int, ...]
+    seeds: tuple[int, ...]
+    prompts: tuple[tuple[str, str], ...]
+    texts: tuple[str, ...]
+    values: Mapping[str, np.ndarray]
+
+    @property
+    def trained(self) -> bool:
+        """False for the base model: it has one column of scores, whatever the training seed."""
+        return self.steps[-1] > 0
+
+    def final(self, scorer: str) -> np.ndarray:
+        """(seeds, prompts) at the last checkpoint."""
+        return self.values[scorer][-1]
+
+
+def load_scores(root: Path, arm: str, seeds: tuple[int, ...] | None = None) -> ArmScores | None:
+    """The scores of one arm, or None if it has not been evaluated.
+
+    `seeds` leaves out files of other training seeds (of an earlier configuration); the base model's only file is
+    always read. InvdpoError if the seeds of an arm were not scored on the same prompts, checkpoints and scorers.
+    """
+    files = sorted((root / "scores" / arm).glob("seed*.parquet"))
+    if not files:
+        return None
+    columns = ["seed", "step", "prompt_set", "prompt_id", "prompt", "scorer", "score"]
+    frames = []
+    for path in files:
+        try:
+            frame = pd.read_parquet(path, columns=columns)
+        except Exception as error:  # pyarrow raises many kinds; all mean the same to the reader
+            raise InvdpoError(f"{path}: not a readable score file ({error}). Evaluate the arm again.") from error
+        untrained = not frame["step"].to_numpy().any()
+        if seeds is None or untrained or set(frame["seed"]) <= set(seeds):
+            frames.append(frame)
+    if not frames:
+        return None
+    rows = pd.concat(frames, ignore_index=True)
+    rows["prompt_id"] = rows["prompt_id"].astype(str)
+    rows["prompt_set"] = rows["prompt_set"].astype(str)
+    texts = rows.groupby(["prompt_set", "prompt_id"], sort=True)["prompt"].first()
+    keys = [(str(a), str(b)) for a, b in texts.index.to_list()]
+    steps, used = sorted(np.unique(rows["step"])), sorted(np.unique(rows["seed"]))
+    values = {}
+    for name, part in rows.groupby("scorer", sort=True):
+        cube = part.set_index(["step", "seed", "prompt_set", "prompt_id"])["score"]
+        if cube.index.has_duplicates:
+            raise InvdpoError(f"{root / 'scores' / arm}: {name} scored an image twice. Evaluate the arm again.")
+        # Some scores exist for some prompts only: a caption without a relation has no relation to agree with.
+        judged = set(zip(part["prompt_set"], part["prompt_id"], strict=True))
+        own = [key for key in keys if key in judged]
+        full = pd.MultiIndex.from_tuples([(t, s, *k) for t in steps for s in used for k in own])
+        grid = cube.reindex(full).to_numpy(np.float64).reshape(len(steps), len(used), len(own))
+        if not np.isfinite(grid).all():
+            raise InvdpoError(
+                f"{root / 'scores' / arm}: {name} is missing or not finite for some checkpoint, seed or prompt. "
+                "Evaluate every seed of the arm with the same study file."
+            )
+        values[str(name)] = grid
+    return ArmScores(
+        arm, tuple(int(s) for s in steps), tuple(int(s) for s in used), tuple(keys), tuple(map(str, texts)), values
+    )
+
+
+def load_log(run: Path) -> pd.DataFrame:
+    """train.jsonl of one run as a frame sorted by step; empty (no columns) if nothing was trained."""
+    path = run / "train.jsonl"
+    if not path.exists():
+        return pd.DataFrame()
+    rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    return pd.DataFrame(rows).drop_duplicates("step", keep="last").sort_values("step") if rows else pd.DataFrame()
+
+
+def load_run(run: Path) -> dict[str, Any] | None:
+    """run.json of one run, or None."""
+    path = run / "run.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Everything a study has measured. scores and logs hold only what exists; an arm may be absent from both."""
+
+    study: StudyConfig
+    scores: Mapping[str, ArmScores]
+    logs: Mapping[str, Mapping[int, pd.DataFrame]]
+
+    @property
+    def scorers(self) -> list[str]:
+        """Names of all scores that any arm has, in the order of the tables."""
+        found = {name for arm in self.scores.values() for name in arm.values}
+        return [name for name in SCORERS if name in found] + sorted(found - set(SCORERS))
+
+    @property
+    def primary(self) -> str:
+        """The score that decides: the world's own where there is one, otherwise the held-out preference model."""
+        return "oracle_utility" if "oracle_utility" in self.scorers else "hps"
+
+    def has(self, arm: str, scorer: str | None = None) -> bool:
+        """True if the arm has been scored (by that scorer)."""
+        return arm in self.scores and (scorer is None or scorer in self.scores[arm].values)
+
+    def final(self, arm: str, scorer: str) -> np.ndarray:
+        """(seeds, prompts) scores of the arm's last checkpoint."""
+        return self.scores[arm].final(scorer)
+
+    def paired(self, arm: str, baseline: str, scorer: str) -> tuple[np.ndarray, np.ndarray]:
+        """Last-checkpoint scores of two arms on the same seeds and prompts, (seeds, prompts) each.
+
+        Two trained arms are matched by training seed; an untrained one is repeated for every seed of the other.
+        """
+        return tuple(part[-1] for part in self.paired_curves(arm, baseline, scorer))  # pyright: ignore
+
+    def paired_curves(self, arm: str, baseline: str, scorer: str) -> tuple[np.ndarray, np.ndarray]:
+        """The same for all checkpoints, (steps of that arm, seeds, prompts) each."""
+        first, second = self.scores[arm], self.scores[baseline]
+        if first.prompts != second.prompts:
+            raise InvdpoError(
+                f"{arm} and {baseline} were scored on different prompts; evaluate both with the same study file."
+            )
+        a, b = first.values[scorer], second.values[scorer]
+        if first.trained and second.trained:
+            common = [seed for seed in first.seeds if seed in second.seeds]
+            if not common:
+                raise InvdpoError(f"{arm} and {baseline} share no training seed; train both with the study's seeds.")
+            a = a[:, [first.seeds.index(seed) for seed in common]]
+            b = b[:, [second.seeds.index(seed) for seed in common]]
+        seeds = max(a.shape[1], b.shape[1])
+        return tuple(  # pyright: ignore
+            np.broadcast_to(x, (x.shape[0], seeds, x.shape[2])) if x.shape[1] == 1 else x for x in (a, b)
+        )
+
+    def cost(self, arm: str, column: str) -> dict[int, float]:
+        """Mean over seeds of a cumulative column of the training log at every checkpoint: {step: value}."""
+        if arm not in self.scores:
+            return {}
+        logs = [log.set_index("step") for log in self.logs.get(arm, {}).values() if len(log)]
+        found = {}
+        for step in self.scores[arm].steps:
+            values = [float(log.at[step, column]) for log in logs if step in log.index]  # pyright: ignore
+            if step == 0:
+                found[step] = 0.0
+            elif values:
+                found[step] = float(np.mean(values))
+        return found
+
+
+def baseline_arm(study: StudyConfig) -> str | None:
+    """The arm without training that every other arm is held against; None if the study has none."""
+    return next((name for name, arm in study.arms.items() if arm.method == "no_training"), None)
+
+
+def comparison_arms(study: StudyConfig) -> list[str]:
+    """Arms of Table 1."""
+    return list(study.experiments.comparison.arms) if study.experiments.comparison else []
+
+
+def step_families(study: StudyConfig) -> dict[str, dict[int, str]]:
+    """Table 3: family -> number of inversion steps (ascending) -> arm."""
+    families = study.experiments.inversion_steps
+    return {name: {n: arms[n] for n in sorted(arms)} for name, arms in families.items()}
+
+
+def control_arms(study: StudyConfig) -> dict[str, dict[str, str]]:
+    """Method -> control (`shuffled`, `swapped`) -> arm."""
+    return {name: {str(k): arm for k, arm in arms.items()} for name, arms in study.experiments.controls.items()}
+
+
+def load_evidence(study: StudyConfig) -> Evidence:
+    """Read every score file and training log of the study's arms."""
+    scores, logs = {}, {}
+    seeds = tuple(study.seeds)
+    for arm in study.arms:
+        found = load_scores(study.root, arm, seeds)
+        if found is not None:
+            scores[arm] = found
+        logs[arm] = {seed: load_log(study.root / "runs" / arm / f"seed{seed}") for seed in seeds}
+    return Evidence(study, scores, logs)

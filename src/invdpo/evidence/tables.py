@@ -1,0 +1,407 @@
+"""The study's tables as csv (6 significant digits), md and tex (booktabs). Same scores, same bytes.
+
+Nothing that differs between two runs of the same study (seconds, memory, commit) is in a table; seconds and memory go
+to `costs.json`.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from invdpo.evidence.load import (
+    Evidence,
+    arm_title,
+    baseline_arm,
+    comparison_arms,
+    control_arms,
+    load_evidence,
+    load_run,
+    scorer_title,
+    step_families,
+)
+from invdpo.evidence.statistics import Interval, mean_interval, paired_difference, win_rate
+from invdpo.files import replace_when_done, write_json
+
+if TYPE_CHECKING:
+    from invdpo.config import StudyConfig
+
+NOT_RUN = "not run"
+NOTE = (
+    "95 % intervals: crossed bootstrap over training seeds and prompts (9,999 draws). Differences and win rates are "
+    "paired by training seed and prompt; a tie counts one half."
+)
+PAPER_NOTE = (
+    "The paper's values belong to another model, another prompt set (not stated) and other scorers: compare signs and "
+    "order, never the numbers themselves."
+)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One printed table: a caption, column heads, and rows of text."""
+
+    caption: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table in its two forms: flat records for the csv, blocks for md and tex."""
+
+    title: str
+    notes: Sequence[str]
+    records: Sequence[dict[str, Any]]
+    columns: Sequence[str]
+    blocks: Sequence[Block]
+
+
+def published() -> list[dict[str, str]]:
+    """The rows of published.csv: numbers printed in the paper, with their place in it."""
+    text = resources.files("invdpo.evidence").joinpath("published.csv").read_text(encoding="utf-8")
+    return list(csv.DictReader(io.StringIO(text)))
+
+
+def format_interval(interval: Interval, sign: bool = False) -> str:
+    """`0.2134 [0.2101, 0.2170]`, with as many decimals as make two significant digits of the half-width."""
+    half = (interval.high - interval.low) / 2
+    values = (interval.estimate, interval.low, interval.high)
+    mark = "+" if sign else ""
+    if half < 1e-12:  # nothing varies, up to rounding: three times the same number
+        numbers = ["0" if abs(x) < 1e-12 else f"{x:{mark}.4g}" for x in values]
+    else:
+        decimals = min(8, max(0, 1 - math.floor(math.log10(half))))
+        numbers = [f"{x:{mark}.{decimals}f}" for x in values]
+    return f"{numbers[0]} [{numbers[1]}, {numbers[2]}]"
+
+
+def escape_tex(text: str) -> str:
+    """Text that is safe in LaTeX's text mode."""
+    special = {
+        "\\": r"\textbackslash{}",
+        "&": r"\&",
+        "%": r"\%",
+        "$": r"\$",
+        "#": r"\#",
+        "_": r"\_",
+        "{": r"\{",
+        "}": r"\}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "<": r"\textless{}",
+        ">": r"\textgreater{}",
+        "|": r"\textbar{}",
+    }
+    return "".join(special.get(character, character) for character in text)
+
+
+def to_csv(table: Table) -> str:
+    """Comma-separated, full records; floats with 6 significant digits, empty where there is no value."""
+
+    def cell(value: Any) -> str:
+        if value is None:
+            return ""
+        return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(table.columns)
+    for record in table.records:
+        writer.writerow([cell(record.get(column)) for column in table.columns])
+    return buffer.getvalue()
+
+
+def to_markdown(table: Table) -> str:
+    """GitHub Markdown, one table a block."""
+    parts = [f"# {table.title}", *table.notes]
+    for block in table.blocks:
+        rows = [block.head, ["---"] * len(block.head), *block.rows]
+        lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+        parts.append(f"**{block.caption}**\n\n" + "\n".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def to_tex(table: Table) -> str:
+    """LaTeX `tabular`s with booktabs rules, one a block, to be \\input inside a table environment."""
+    lines = [f"% {table.title}. Needs \\usepackage{{booktabs}}.".replace("\n", " ")]
+    lines += [f"% {note}" for note in table.notes]
+    for block in table.blocks:
+        lines += [f"\\par\\medskip\\noindent {escape_tex(block.caption)}\\par\\smallskip"]
+        lines += ["\\begin{tabular}{l" + "r" * (len(block.head) - 1) + "}", "\\toprule"]
+        lines += [" & ".join(escape_tex(cell) for cell in block.head) + r" \\", "\\midrule"]
+        # A row that starts with "[" would be read as the optional argument of the line break before it.
+        for row in block.rows:
+            cells = ["{}" + escape_tex(cell) if cell[:1] == "[" else escape_tex(cell) for cell in row]
+            lines.append(" & ".join(cells) + r" \\")
+        lines += ["\\bottomrule", "\\end{tabular}"]
+    return "\n".join(lines) + "\n"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    with replace_when_done(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _record(prefix: str, interval: Interval | None) -> dict[str, Any]:
+    if interval is None:
+        return {}
+    return {prefix: interval.estimate, f"{prefix}_low": interval.low, f"{prefix}_high": interval.high}
+
+
+def _triple(prefix: str) -> list[str]:
+    return [prefix, f"{prefix}_low", f"{prefix}_high"]
+
+
+def _text(interval: Interval | None, sign: bool = False) -> str:
+    return NOT_RUN if interval is None else format_interval(interval, sign)
+
+
+def _mean(evidence: Evidence, arm: str, scorer: str) -> Interval | None:
+    return mean_interval(evidence.final(arm, scorer)) if evidence.has(arm, scorer) else None
+
+
+def _difference(evidence: Evidence, arm: str, baseline: str, scorer: str) -> Interval | None:
+    if not (evidence.has(arm, scorer) and evidence.has(baseline, scorer)):
+        return None
+    return paired_difference(*evidence.paired(arm, baseline, scorer))
+
+
+def _wins(evidence: Evidence, arm: str, baseline: str, scorer: str) -> Interval | None:
+    if not (evidence.has(arm, scorer) and evidence.has(baseline, scorer)):
+        return None
+    return win_rate(*evidence.paired(arm, baseline, scorer))
+
+
+def _paper(study: StudyConfig, arm: str, table: str, scorer: str, base: str, steps: str = "") -> float | None:
+    """The paper's number for this arm's recipe, only where the labels are the true ones."""
+    if study.arms[arm].labels != "true":
+        return None
+    for row in published():
+        same = (row["table"], row["metric"], row["base"], row["inversion_steps"]) == (table, scorer, base, steps)
+        if same and Path(study.arms[arm].method).stem in row["recipes"].split(";"):
+            return float(row["value"])
+    return None
+
+
+def _costs(evidence: Evidence, arm: str) -> dict[str, int]:
+    """Optimizer steps, pairs and UNet evaluations at the end of training (mean over seeds, rounded)."""
+    if not evidence.has(arm):
+        return {}
+    last = evidence.scores[arm].steps[-1]
+    found = {"optimizer_steps": last}
+    for column in ("pairs_seen", "unet_evals"):
+        cost = evidence.cost(arm, column)
+        if last in cost:
+            found[column] = round(cost[last])
+    return found
+
+
+def table1(evidence: Evidence) -> Table:
+    """Methods x scores: means, differences from the base model, win rate on the primary score, and what was spent."""
+    study, scorers, primary = evidence.study, evidence.scorers, evidence.primary
+    base, arms = baseline_arm(study), comparison_arms(study)
+    papers = [(scorer, world) for scorer in ("pickscore", "clip", "aesthetic") for world in ("sdxl", "sd15")]
+    columns = ["arm", "status", "seeds", "prompts", "optimizer_steps", "pairs_seen", "unet_evals"]
+    for scorer in scorers:
+        columns += _triple(scorer) + _triple(f"{scorer}_minus_base")
+    columns += _triple(f"{primary}_win_rate") + [f"paper_{scorer}_{world}" for scorer, world in papers]
+    records, means, gains, other = [], [], [], []
+    for arm in arms:
+        done = evidence.has(arm)
+        record: dict[str, Any] = {"arm": arm, "status": "ok" if done else NOT_RUN, **_costs(evidence, arm)}
+        if done:
+            record["seeds"] = len(evidence.scores[arm].seeds)
+            record["prompts"] = len(evidence.scores[arm].prompts)
+        mean_cells, gain_cells = [], []
+        for scorer in scorers:
+            mean = _mean(evidence, arm, scorer)
+            gain = _difference(evidence, arm, base, scorer) if base and arm != base else None
+            record |= _record(scorer, mean) | _record(f"{scorer}_minus_base", gain)
+            mean_cells.append(_text(mean))
+            gain_cells.append("–" if arm == base else _text(gain, sign=True))
+        wins = _wins(evidence, arm, base, primary) if base and arm != base else None
+        record |= _record(f"{primary}_win_rate", wins)
+        for scorer, world in papers:
+            record[f"paper_{scorer}_{world}"] = _paper(study, arm, "1", scorer, world)
+        records.append(record)
+        name = arm_title(arm)
+        means.append([name, *mean_cells])
+        gains.append([name, *gain_cells, "–" if arm == base else _text(wins)])
+        quoted = [
+            " / ".join("–" if (v := record[f"paper_{s}_{w}"]) is None else f"{v:g}" for w in ("sdxl", "sd15"))
+            for s in ("pickscore", "clip", "aesthetic")
+        ]
+        spent = [f"{record[c]:,}" if c in record else NOT_RUN for c in ("optimizer_steps", "pairs_seen", "unet_evals")]
+        other.append([name, *spent, *quoted])
+    titles = [scorer_title(scorer) for scorer in scorers]
+    blocks = [
+        Block("Mean score", ["Method", *titles], means),
+        Block("Difference from the base model", ["Method", *titles, f"Win rate ({scorer_title(primary)})"], gains),
+        Block(
+            "What was spent, and what the paper reports (SDXL / SD1.5)",
+            ["Method", "Steps", "Pairs", "UNet evaluations", "paper PickScore", "paper CLIP", "paper Aesthetic"],
+            other,
+        ),
+    ]
+    return Table("Table 1: methods and scores", [NOTE, PAPER_NOTE], records, columns, blocks)
+
+
+def table3(evidence: Evidence) -> Table:
+    """Number of inversion steps: means, and differences from the fewest steps of the same family."""
+    study, scorers = evidence.study, evidence.scorers
+    papers = ("pickscore", "clip", "aesthetic")
+    columns = ["family", "inversion_steps", "arm", "status", "optimizer_steps", "unet_evals"]
+    for scorer in scorers:
+        columns += _triple(scorer) + _triple(f"{scorer}_minus_fewest")
+    columns += [f"paper_{scorer}_sdxl" for scorer in papers]
+    records, means, gains = [], [], []
+    for family, arms in step_families(study).items():
+        fewest = next(iter(arms.values()))
+        for count, arm in arms.items():
+            done = evidence.has(arm)
+            record: dict[str, Any] = {"family": family, "inversion_steps": count, "arm": arm}
+            record |= {"status": "ok" if done else NOT_RUN, **_costs(evidence, arm)}
+            mean_cells, gain_cells = [], []
+            for scorer in scorers:
+                mean = _mean(evidence, arm, scorer)
+                gain = _difference(evidence, arm, fewest, scorer) if arm != fewest else None
+                record |= _record(scorer, mean) | _record(f"{scorer}_minus_fewest", gain)
+                mean_cells.append(_text(mean))
+                gain_cells.append("–" if arm == fewest else _text(gain, sign=True))
+            for scorer in papers:
+                record[f"paper_{scorer}_sdxl"] = _paper(study, arm, "3", scorer, "sdxl", str(count))
+            quoted = " / ".join("–" if (v := record[f"paper_{s}_sdxl"]) is None else f"{v:g}" for s in papers)
+            records.append(record)
+            spent = f"{record['unet_evals']:,}" if "unet_evals" in record else NOT_RUN
+            means.append([arm_title(family), str(count), *mean_cells, spent, quoted])
+            gains.append([arm_title(family), str(count), *gain_cells])
+    titles = [scorer_title(scorer) for scorer in scorers]
+    blocks = [
+        Block("Mean score", ["Family", "N", *titles, "UNet evaluations", "paper PickScore / CLIP / Aesthetic"], means),
+        Block("Difference from the fewest steps of the family", ["Family", "N", *titles], gains),
+    ]
+    return Table("Table 3: number of inversion steps N", [NOTE, PAPER_NOTE], records, columns, blocks)
+
+
+def table_s5(evidence: Evidence) -> Table:
+    """One timestep drawn from q against one from the inversion p: the last arm minus the first."""
+    study, scorers = evidence.study, evidence.scorers
+    arms = list(study.experiments.q_vs_p.arms) if study.experiments.q_vs_p else []
+    columns = ["row", "status", "optimizer_steps", "unet_evals"]
+    for scorer in scorers:
+        columns += _triple(scorer)
+    papers = [(scorer, world) for scorer in ("pickscore", "clip", "aesthetic") for world in ("sdxl", "sd15")]
+    columns += [f"paper_{scorer}_{world}" for scorer, world in papers]
+    records, rows = [], []
+    for arm in arms:
+        record: dict[str, Any] = {"row": arm, "status": "ok" if evidence.has(arm) else NOT_RUN}
+        record |= _costs(evidence, arm)
+        cells = []
+        for scorer in scorers:
+            mean = _mean(evidence, arm, scorer)
+            record |= _record(scorer, mean)
+            cells.append(_text(mean))
+        record |= {f"paper_{s}_{w}": _paper(study, arm, "s5", s, w) for s, w in papers}
+        records.append(record)
+        rows.append([arm_title(arm), *cells, *_quoted_pairs(record)])
+    if len(arms) > 1:
+        first, last = arms[0], arms[-1]
+        record = {"row": f"{last} - {first}", "status": "ok"}
+        if not (evidence.has(first) and evidence.has(last)):
+            record["status"] = NOT_RUN
+        cells = []
+        for scorer in scorers:
+            gain = _difference(evidence, last, first, scorer)
+            record |= _record(scorer, gain)
+            cells.append(_text(gain, sign=True))
+        for scorer, world in papers:
+            values = [_paper(study, arm, "s5", scorer, world) for arm in (last, first)]
+            if values[0] is not None and values[1] is not None:
+                record[f"paper_{scorer}_{world}"] = round(values[0] - values[1], 6)
+        records.append(record)
+        rows.append(["Difference, paired", *cells, *_quoted_pairs(record)])
+    head = ["Noise from", *[scorer_title(scorer) for scorer in scorers]]
+    head += [f"paper {scorer_title(scorer)} (SDXL / SD1.5)" for scorer in ("pickscore", "clip", "aesthetic")]
+    blocks = [Block("Mean score", head, rows)]
+    return Table("Table S5: one timestep of q against one of p", [NOTE, PAPER_NOTE], records, columns, blocks)
+
+
+def _quoted_pairs(record: dict[str, Any]) -> list[str]:
+    return [
+        " / ".join("–" if (v := record.get(f"paper_{s}_{w}")) is None else f"{v:g}" for w in ("sdxl", "sd15"))
+        for s in ("pickscore", "clip", "aesthetic")
+    ]
+
+
+def controls(evidence: Evidence) -> Table:
+    """What each method gains over the base model with true, shuffled and swapped labels, and true minus control."""
+    study, primary = evidence.study, evidence.primary
+    base = baseline_arm(study)
+    columns = ["method", "labels", "arm", "status", "scorer"] + _triple("minus_base") + _triple("true_minus_control")
+    records, by_scorer = [], {scorer: [] for scorer in evidence.scorers}
+    for method, arms in control_arms(study).items():
+        for labels, arm in {"true": method, **arms}.items():
+            for scorer in evidence.scorers:
+                gain = _difference(evidence, arm, base, scorer) if base else None
+                margin = _difference(evidence, method, arm, scorer) if labels != "true" else None
+                status = "ok" if evidence.has(arm, scorer) else NOT_RUN
+                record = {"method": method, "labels": labels, "arm": arm, "status": status, "scorer": scorer}
+                records.append(record | _record("minus_base", gain) | _record("true_minus_control", margin))
+                shown = "–" if labels == "true" else _text(margin, sign=True)
+                by_scorer[scorer].append([arm_title(method), labels, _text(gain, sign=True), shown])
+    order = [primary, *[s for s in evidence.scorers if s != primary]] if primary in by_scorer else evidence.scorers
+    head = ["Method", "Labels", "Minus base", "True labels minus these"]
+    blocks = [Block(scorer_title(scorer), head, by_scorer[scorer]) for scorer in order]
+    note = "A method that gains as much from shuffled labels as from true ones has not learnt a preference."
+    return Table("Label controls", [NOTE, note], records, columns, blocks)
+
+
+def costs(evidence: Evidence) -> Table:
+    """What each arm spent per training seed. Seconds and memory differ between runs: they are in costs.json."""
+    columns = ["arm", "status", "optimizer_steps", "pairs_seen", "unet_evals"]
+    records, rows = [], []
+    for arm in evidence.study.arms:
+        record = {"arm": arm, "status": "ok" if evidence.has(arm) else NOT_RUN, **_costs(evidence, arm)}
+        records.append(record)
+        rows.append([arm_title(arm), *[f"{record[c]:,}" if c in record else NOT_RUN for c in columns[2:]]])
+    note = "Per training seed. One UNet evaluation is one forward pass of one latent; a backward pass counts two."
+    blocks = [Block("Training cost", ["Arm", "Optimizer steps", "Pairs", "UNet evaluations"], rows)]
+    return Table("Training cost", [note], records, columns, blocks)
+
+
+TABLES = {"table1": table1, "table3": table3, "table_s5": table_s5, "controls": controls, "costs": costs}
+
+
+def write(study: StudyConfig) -> list[Path]:
+    """Write root/tables/{table1,table3,table_s5,controls,costs}.{csv,md,tex} and root/costs.json; the paths written."""
+    evidence = load_evidence(study)
+    folder = study.root / "tables"
+    written = []
+    for name, build in TABLES.items():
+        table = build(evidence)
+        for suffix, render in (("csv", to_csv), ("md", to_markdown), ("tex", to_tex)):
+            path = folder / f"{name}.{suffix}"
+            write_text(path, render(table))
+            written.append(path)
+    spent = {}
+    for arm, logs in evidence.logs.items():
+        for seed, log in logs.items():
+            run = load_run(study.root / "runs" / arm / f"seed{seed}")
+            if run is None:
+                continue
+            last = log.to_dict("records")[-1] if len(log) else {}
+            wanted = ("step", "pairs_seen", "unet_evals", "seconds")
+            spent.setdefault(arm, {})[f"seed{seed}"] = {key: float(last.get(key, 0)) for key in wanted} | {
+                "peak_memory_bytes": float(log["memory_bytes"].to_numpy().max()) if "memory_bytes" in log else 0.0
+            }
+    path = study.root / "costs.json"
+    write_json(path, spent)
+    return [*written, path]

@@ -1,0 +1,237 @@
+"""Tables and figures from made-up scores: right numbers, same bytes, and rows for what has not run."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from evidence_fixture import make_config, make_study
+
+from invdpo.errors import InvdpoError
+from invdpo.evidence import figures, publish, tables
+from invdpo.evidence.load import arm_title, load_evidence, load_scores
+from invdpo.evidence.statistics import Interval
+
+WITHOUT_ORACLE = ("pickscore", "clip", "aesthetic", "hps")
+
+
+@pytest.fixture(autouse=True)
+def _in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(path.read_text())))
+
+
+def test_every_table_is_written_with_the_right_numbers() -> None:
+    study = make_study()
+    written = tables.write(study)
+    names = {path.name for path in written}
+    assert names == {f"{t}.{k}" for t in tables.TABLES for k in ("csv", "md", "tex")} | {"costs.json"}
+    rows = {row["arm"]: row for row in read(study.root / "tables/table1.csv")}
+    assert list(rows) == study.experiments.comparison.arms  # pyright: ignore
+    dpo, base = (load_scores(study.root, "diffusion_dpo"), load_scores(study.root, "base"))
+    assert dpo is not None and base is not None
+    gain = (dpo.final("pickscore") - base.final("pickscore")).mean()
+    assert float(rows["diffusion_dpo"]["pickscore_minus_base"]) == pytest.approx(gain, rel=1e-5)
+    assert float(rows["diffusion_dpo"]["pickscore"]) == pytest.approx(dpo.final("pickscore").mean(), rel=1e-5)
+    assert rows["diffusion_dpo"]["unet_evals"] == "10000"
+    assert (rows["base"]["optimizer_steps"], rows["base"]["unet_evals"]) == ("0", "0")
+    assert rows["inversion_dpo_paper"]["pickscore_minus_base_low"] == "0"
+    assert rows["inversion_dpo_paper"]["oracle_utility_win_rate"] == "0.5"
+
+
+def test_the_papers_values_have_their_own_columns() -> None:
+    study = make_study()
+    tables.write(study)
+    rows = {row["arm"]: row for row in read(study.root / "tables/table1.csv")}
+    assert rows["base"]["paper_pickscore_sdxl"] == "0.223"
+    assert rows["diffusion_dpo"]["paper_aesthetic_sd15"] == "5.73"
+    assert rows["inversion_dpo_implied"]["paper_pickscore_sdxl"] == ""  # not a method of the paper
+    s5 = read(study.root / "tables/table_s5.csv")
+    assert [row["row"] for row in s5] == ["q_single", "p_single", "p_single - q_single"]
+    assert s5[2]["paper_aesthetic_sdxl"] == "0.06"
+    assert tables._paper(study, "diffusion_dpo_shuffled", "1", "pickscore", "sdxl") is None  # controls have none
+
+
+def test_controls_and_inversion_steps() -> None:
+    study = make_study()
+    tables.write(study)
+    control = {(r["arm"], r["scorer"]): r for r in read(study.root / "tables/controls.csv")}
+    row = control["diffusion_dpo_shuffled", "oracle_utility"]
+    assert float(row["true_minus_control_low"]) > 0
+    assert control["diffusion_dpo", "oracle_utility"]["true_minus_control"] == ""
+    steps = read(study.root / "tables/table3.csv")
+    assert [r["inversion_steps"] for r in steps] == ["10", "20", "40"]
+    assert steps[0]["pickscore_minus_fewest"] == "" and float(steps[2]["pickscore_minus_fewest"]) > 0
+
+
+def test_what_has_not_run_says_so() -> None:
+    study = make_study(skip=("inversion_dpo_code", "q_single", "diffusion_dpo_swapped", "p_single_n10"))
+    tables.write(study)
+    rows = {row["arm"]: row for row in read(study.root / "tables/table1.csv")}
+    assert rows["inversion_dpo_code"]["status"] == "not run" and rows["inversion_dpo_code"]["pickscore"] == ""
+    assert rows["diffusion_dpo"]["status"] == "ok"
+    assert read(study.root / "tables/table_s5.csv")[2]["status"] == "not run"
+    assert "not run" in (study.root / "tables/controls.md").read_text()
+    figures.write(study)
+
+
+def test_nothing_run_at_all_still_gives_every_file() -> None:
+    study = make_study(skip=tuple(make_config().arms))
+    tables.write(study)
+    assert len(figures.write(study)) == 14
+    assert {row["status"] for row in read(study.root / "tables/table1.csv")} == {"not run"}
+
+
+def test_a_study_without_an_oracle_uses_the_held_out_score() -> None:
+    study = make_study(scorers=WITHOUT_ORACLE)
+    evidence = load_evidence(study)
+    assert evidence.primary == "hps"
+    assert evidence.scorers == list(WITHOUT_ORACLE)
+    tables.write(study)
+    row = read(study.root / "tables/table1.csv")[0]
+    assert "hps_win_rate" in row and not any("oracle" in column for column in row)
+
+
+def test_same_scores_give_the_same_bytes() -> None:
+    study = make_study()
+
+    def write() -> dict[Path, bytes]:
+        evidence = load_evidence(study)
+        drawn = figures.save(figures.curves(evidence, "pickscore"), study.root / "figures", "fig3")
+        drawn += figures.save(figures.grid(evidence), study.root / "figures", "grid")
+        return {path: path.read_bytes() for path in tables.write(study) + drawn}
+
+    assert write() == write()
+
+
+def test_seconds_and_memory_are_in_no_table() -> None:
+    study = make_study()
+    for path in tables.write(study):
+        assert ("seconds" in path.read_text()) == (path.name == "costs.json")
+
+
+def test_tex_is_balanced_and_escaped() -> None:
+    assert tables.escape_tex(r"a_b & 5% {x} \y ~^$#<") == (
+        r"a\_b \& 5\% \{x\} \textbackslash{}y \textasciitilde{}\textasciicircum{}\$\#\textless{}"
+    )
+    study = make_study()
+    tables.write(study)
+    for path in (study.root / "tables").glob("*.tex"):
+        text = re.sub(r"^%.*$", "", path.read_text(), flags=re.MULTILINE)
+        assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") > 0
+        bare = text.replace(r"\{", "").replace(r"\}", "")
+        assert bare.count("{") == bare.count("}")
+        for block in re.findall(r"\\begin\{tabular\}\{(l?r*)\}(.*?)\\end", text, flags=re.DOTALL):
+            columns = len(block[0])
+            for line in block[1].splitlines():
+                if line.endswith(r"\\"):
+                    assert len(re.findall(r"(?<!\\)&", line)) == columns - 1
+        assert not re.search(r"(?<!\\)[_#$%]", text)
+
+
+@pytest.mark.parametrize(
+    ("interval", "sign", "text"),
+    [
+        (Interval(0.21342, 0.2101, 0.2170, 0, 3, 9), False, "0.2134 [0.2101, 0.2170]"),
+        (Interval(1.5, 1.2, 1.9, 0, 3, 9), True, "+1.50 [+1.20, +1.90]"),
+        (Interval(0.0, 0.0, 0.0, 0, 3, 9), True, "0 [0, 0]"),
+        (Interval(1.0, 1.0 - 1e-15, 1.0, 0, 3, 9), False, "1 [1, 1]"),
+        (Interval(6051.2, 5900.0, 6200.0, 0, 3, 9), False, "6051 [5900, 6200]"),
+    ],
+)
+def test_intervals_in_print(interval: Interval, sign: bool, text: str) -> None:
+    assert tables.format_interval(interval, sign) == text
+
+
+def test_incomplete_scores_are_refused() -> None:
+    study = make_study()
+    import pandas as pd
+
+    path = study.root / "scores/sft/seed1.parquet"
+    frame = pd.read_parquet(path)
+    frame.iloc[:-3].to_parquet(path)
+    with pytest.raises(InvdpoError, match="sft.*missing"):
+        load_evidence(study)
+    path.write_bytes(b"not parquet")
+    with pytest.raises(InvdpoError, match=r"seed1\.parquet"):
+        load_evidence(study)
+
+
+def test_different_prompts_are_never_paired() -> None:
+    study = make_study()
+    import pandas as pd
+
+    for path in (study.root / "scores/sft").glob("*.parquet"):
+        frame = pd.read_parquet(path)
+        frame[frame["prompt_id"] != 3].to_parquet(path)
+    with pytest.raises(InvdpoError, match="different prompts"):
+        load_evidence(study).paired("sft", "base", "clip")
+
+
+def test_scores_of_other_seeds_are_left_out() -> None:
+    study = make_study(seeds=3)
+    found = load_scores(study.root, "sft", (0, 2))
+    assert found is not None and found.seeds == (0, 2)
+
+
+def test_titles() -> None:
+    assert arm_title("inversion_dpo_code_shuffled") == "Inversion-DPO (released code), labels shuffled"
+    assert arm_title("p_single_n10") == "one timestep of p, N = 10"
+    assert arm_title("my_method") == "my_method"
+
+
+def test_labels_are_moved_apart_but_stay_inside() -> None:
+    placed = figures.spread_labels([0.5, 0.5, 0.52, 0.0, 1.0], 0.1, 0.0, 1.0)
+    ordered = np.sort(placed)
+    assert (np.diff(ordered) >= 0.1 - 1e-9).all()
+    assert ordered[0] >= 0 and ordered[-1] <= 1
+    assert placed[3] == 0.0 and placed[4] == 1.0
+    assert figures.spread_labels([0.2, 0.8], 0.1, 0.0, 1.0) == [0.2, 0.8]
+
+
+def test_grid_prompts_run_from_the_best_gain_to_the_worst_loss() -> None:
+    assert figures.quantile_prompts(np.array([0.0, 3.0, -2.0, 1.0, 9.0]), 3) == [4, 3, 2]
+    assert figures.quantile_prompts(np.array([1.0, 2.0]), 6) == [1, 0]
+
+
+def test_publish_copies_and_rewrites_the_readme() -> None:
+    from invdpo.evidence import claims
+
+    study = make_study()
+    readme = Path("README.md")
+    readme.write_text(f"# Title\n{publish.BEGIN}\nold\n{publish.END}\nrest\n")
+    with pytest.raises(InvdpoError, match="Not made yet"):
+        publish.publish(study)
+    tables.write(study)
+    claims.write(study)
+    for name in ("fig3.pdf", "fig3.png"):
+        (study.root / "figures").mkdir(exist_ok=True)
+        (study.root / "figures" / name).write_text("a drawing")
+    written = publish.publish(study)
+    again = publish.publish(study)
+    assert written == again
+    names = {str(path.relative_to("results/reference/toy")) for path in written}
+    assert {"tables/table1.csv", "figures/fig3.pdf", "claims.json", "costs.json", "provenance.json"} <= names
+    assert "scores/diffusion_dpo/seed2.parquet" in names
+    assert load_scores(Path("results/reference/toy"), "sft") is not None
+    text = readme.read_text()
+    assert text.startswith("# Title\n") and text.endswith("\nrest\n") and "old" not in text
+    assert "**supported**" in text
+    assert (Path("paper_figures") / "fig3.png").exists() and (Path("paper_figures") / "table3.tex").exists()
+    readme.write_text("no marks")
+    with pytest.raises(InvdpoError, match="verdicts:begin"):
+        publish.publish(study)
+
+
+def test_scores_too_large_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    study = make_study()
+    monkeypatch.setattr(publish, "MAX_SCORES_BYTES", 10_000)
+    assert publish._pack_scores(study.root / "scores", Path("out")) == []
+    assert not Path("out").exists()
