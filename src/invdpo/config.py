@@ -413,11 +413,13 @@ def json_schema() -> str:
 
 def read_yaml(path: Path) -> Any:
     """The content of a YAML or JSON file; InvdpoError where it cannot be read."""
+    # JSON writes 3e-05, which is a number there and text in YAML 1.1.
+    load = json.loads if path.suffix == ".json" else yaml.safe_load
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InvdpoError(f"{path} cannot be read: {error.strerror}. Check the path.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise InvdpoError(f"{path} is not valid YAML: {error}") from error
 
 

@@ -8,6 +8,7 @@ family of the test does not exist.
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -412,6 +413,29 @@ def to_markdown(rows: list[Verdict]) -> str:
         verdict = f"**{row.verdict}**{note}{settle}"
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in [*cells, verdict]) + " |")
     return "\n".join(lines) + "\n"
+
+
+def summary(rows: list[Verdict]) -> str:
+    """The verdicts for the README: one line a claim, every reading of the method in it. `not run` readings are left out."""
+    lines = ["| Question | The paper | This study |", "| --- | --- | --- |"]
+    for claim in dict.fromkeys(row.id for row in rows):
+        readings = [row for row in rows if row.id == claim and row.verdict != NOT_RUN]
+        if not readings:
+            continue
+        first = readings[0]
+        cells = []
+        for row in readings:
+            name = f"{arm_title(row.variant)}: " if row.variant else ""
+            cells.append(f"{name}**{row.verdict}** ({_ours(row)})")
+        question = f"{first.question} ({first.locus})"
+        line = [question, first.paper_value or "–", "<br>".join(cells)]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def read_verdicts(path: Path) -> list[Verdict]:
+    """The rows of a claims.json."""
+    return [Verdict(**row) for row in json.loads(path.read_text(encoding="utf-8"))["claims"]]
 
 
 def write(study: StudyConfig) -> list[Path]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from invdpo.errors import InvdpoError
+from invdpo.evidence.claims import read_verdicts, summary
 from invdpo.evidence.load import load_run
 from invdpo.evidence.tables import write_text
 from invdpo.files import replace_when_done, write_json
@@ -61,7 +62,7 @@ def publish(study: StudyConfig, repository: Path = Path(".")) -> list[Path]:
         raise InvdpoError(f"Not made yet: {', '.join(missing)}. Run the study first (`make reproduce`).")
     if not readme.exists():
         raise InvdpoError(f"{readme}: no such file. Publish from the folder that holds README.md.")
-    verdicts = (root / "claims.md").read_text(encoding="utf-8")
+    verdicts = summary(read_verdicts(root / "claims.json"))
     text = replace_block(readme.read_text(encoding="utf-8"), verdicts, str(readme))
 
     reference = repository / "results" / "reference" / study.study

@@ -1,0 +1,41 @@
+# make reproduce [STUDY=shapes|smoke|…]   install what is missing, run the study, say where the results are
+#                [ARGS="-n --forcerun tables"]  any options of Snakemake
+# make test | lint | bench                tests, checks, speed and memory
+# make mlflow | report [STUDY=…]          open the runs in MLflow, write a browsable report
+# make tune [STUDY=shapes]                the same small grid of learning rate and beta for every method
+
+STUDY ?= shapes
+UV := $(or $(shell command -v uv),.uv/bin/uv)
+RUN := $(UV) run --frozen --no-dev
+DEV := $(UV) run --frozen
+
+.PHONY: reproduce test lint bench mlflow report tune
+
+reproduce: $(UV)
+	$(RUN) snakemake $(ARGS) --configfile config/$(STUDY).yaml
+
+test: $(UV)
+	OMP_NUM_THREADS=1 $(DEV) pytest -n 2 --dist loadgroup
+
+lint: $(UV)
+	$(DEV) ruff check
+	$(DEV) ruff format --check
+	$(DEV) snakefmt --check Snakefile rules
+	$(DEV) pyright
+	$(DEV) codespell
+	$(DEV) snakemake --lint
+
+bench: $(UV)
+	$(RUN) python benchmarks/bench.py $(ARGS)
+
+mlflow: $(UV)
+	$(RUN) mlflow ui --backend-store-uri sqlite:///results/$(STUDY)/mlflow.db
+
+report: $(UV)
+	$(RUN) snakemake --configfile config/$(STUDY).yaml --report results/$(STUDY)/report.html
+
+tune: $(UV)
+	$(RUN) snakemake tune $(ARGS) --configfile config/$(STUDY).yaml
+
+.uv/bin/uv:
+	(python3 -m venv .uv && .uv/bin/pip install --quiet uv) || python3 envs/get_uv.py .uv/bin

@@ -1,0 +1,182 @@
+# Shared by all rules: the validated study, and functions from wildcards to inputs, keys and priorities.
+
+import hashlib
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+from snakemake.exceptions import WorkflowError
+
+from invdpo.config import dump_study, method_path, parse_study, read_yaml
+from invdpo.errors import InvdpoError
+from invdpo.provenance import code_hash, lock_hash
+
+try:
+    study = parse_study(config, "the study's configuration")
+except InvdpoError as error:
+    raise WorkflowError(str(error))
+
+SETTINGS = study.model_dump(mode="json")
+TUNING = SETTINGS.get("tuning") or {}
+STUDY = f"{study.root}/study.json"
+TRAINED = [name for name in study.arms if study.arm(name).trains]
+UNTRAINED = [name for name in study.arms if not study.arm(name).trains]
+
+# Without --resources gpu=N Snakemake gates nothing; the default profile sets that limit.
+CUDA = study.device.startswith("cuda") or (study.device == "auto" and any(Path(os.sep, "dev").glob("nvidia[0-9]*")))
+GPU = 1 if CUDA else 0
+# On a CPU, independent runs of one thread each use the cores better than one run of many threads.
+STAGE_THREADS = 4 if CUDA else 1
+
+# A locked environment is not software Snakemake can see: its hash is a parameter of every rule.
+LOCK = lock_hash()
+
+# Nor does it see through a command line: these modules of the package decide the numbers of each stage, and a hash of their
+# syntax is a parameter too. Comments, the wording of errors and how files are written change no number.
+ENCODING = ("preferences", "backbones", "schedule", "device")
+TRAINING = (*ENCODING, "training", "objectives", "inversion", "types")
+WORLD = ("world/oracle", "world/parser", "world/render", "world/scenes")
+EVALUATION = ("evaluate", "prompts", "sampling", "scorers", "inversion", "types", *ENCODING[1:], *WORLD)
+READING = ("evidence/load", "evidence/statistics")
+MODULES = {
+    "preferences": ENCODING,
+    "train": TRAINING,
+    "evaluate": EVALUATION,
+    "tables": ("evidence/tables", *READING),
+    "figures": ("evidence/figures", *READING),
+    "claims": ("evidence/claims", "evidence/tables", *READING),
+    "mlflow": ("tracking", *READING),
+    "tune": ("tuning", *TRAINING, *EVALUATION),
+    "assets": ("world",),
+}
+CODE = {stage: code_hash(modules)[:16] for stage, modules in MODULES.items()}
+
+# `snakemake` may be called by its path, without the environment being active.
+shell.prefix(f'set -euo pipefail; export PATH="{Path(sys.executable).parent}:$PATH"; ')
+
+
+def write_study():
+    """Write the merged, validated configuration that the jobs read, leaving an equal file alone."""
+    path = Path(STUDY)
+    text = dump_study(study)
+    if not path.exists() or path.read_text() != text:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+def where_results_are():
+    """Closing words of a complete run: what there is by now, and how to open it."""
+    root, name = study.root, study.study
+    places = {
+        "tables": "csv, md, tex",
+        "figures": "pdf, png",
+        "claims.md": "the verdicts; claims.json is the same for programs",
+        "mlflow.db": f'make mlflow STUDY={name}, then http://127.0.0.1:5000 and "Model training"',
+    }
+    lines = [f"  {root / place}: {words}" for place, words in places.items() if (root / place).exists()]
+    lines.append(f"  {root / 'report.html'}: make report STUDY={name} writes it; open it in a browser")
+    return "\n".join(["", f"Results of {name}:", *lines])
+
+
+def how_to_resume(log):
+    """Closing words of a run that failed or was stopped."""
+    lines = [
+        "",
+        f"{study.study} stopped early. Read the log named beside the failed job (logs/{study.study}/), or Snakemake's own: {log[0]}",
+        "The same command again resumes: finished jobs are kept and training continues from its last saved state.",
+    ]
+    return "\n".join(lines)
+
+
+def digest(*values):
+    """Hash of those settings, for `params`: a change of one of them runs the rule again."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def local(*places):
+    """Files behind those places that are local files or folders; hub ids have none, and the stage checks the rest."""
+    files = []
+    for place in places:
+        path = Path(str(place or "").removeprefix("local-dir:"))
+        if place and path.is_dir():
+            files += sorted(file for file in path.rglob("*") if file.is_file())
+        elif place and path.is_file():
+            files.append(path)
+    return list(map(str, files))
+
+
+def scorer_files():
+    """Local weights of every scorer of the study."""
+    scorers = SETTINGS["scorers"].values()
+    return local(*(place for scorer in scorers if scorer for place in scorer.values()))
+
+
+def every_run(name):
+    """That file of every arm's runs."""
+    return expand("<results>/runs/{arm}/seed{seed}/{name}", arm=study.arms, seed=study.seeds, name=name)
+
+
+def every_evaluation(folder):
+    """That folder's file of every arm and seed; the base model has nothing to seed and is evaluated once, as seed 0."""
+    trained = expand("<results>/{folder}/{arm}/seed{seed}.parquet", folder=folder, arm=TRAINED, seed=study.seeds)
+    return trained + expand("<results>/{folder}/{arm}/seed0.parquet", folder=folder, arm=UNTRAINED)
+
+
+def arm_key(wildcards):
+    return study.arm(wildcards.arm).hash
+
+
+def tuning_key(wildcards):
+    """What decides a grid's result beside its input files; the values chosen last time do not."""
+    arm = SETTINGS["arms"][wildcards.arm]
+    return digest(EVALUATION_KEY, study.preferences, TUNING, SETTINGS["training"], arm)
+
+
+def arm_cost(wildcards):
+    """Priority of an arm: the longest run starts first, so that none is left to finish alone."""
+    arm = study.arm(wildcards.arm)
+    recipe = read_yaml(method_path(arm.method))  # not arm.recipe, which would import torch
+    recipe |= arm.recipe_overrides | {"trajectory": recipe["trajectory"] | arm.recipe_overrides.get("trajectory", {})}
+    inverted = recipe["trajectory"]["steps"] if recipe["trajectory"]["kind"] == "inversion" else 0
+    compared = inverted if recipe["timesteps"] == "all" else 1
+    return arm.training.steps * arm.training.batch * (inverted + 4 * compared)
+
+
+TABLES = {
+    "table1": "Table 1: methods and scores",
+    "table3": "Table 3: inversion steps",
+    "table_s5": "Table S5: q against p",
+    "controls": "Label controls",
+    "costs": "Costs",
+}
+FIGURES = {
+    "fig3": "Figure 3: PickScore",
+    "fig_s7": "Figure S7: aesthetic score",
+    "fig_s8": "Figure S8: CLIP score",
+    "fig_oracle": "Oracle utility",
+    "inversion_steps": "Inversion steps",
+    "controls": "Label controls",
+    "grid": "Samples",
+}
+
+
+def shown(title, path, caption, category):
+    """That output file as an entry of the report."""
+    return report(path, caption=caption, category=category, labels={"shows": title})
+
+
+RUNS = every_run("run.json")
+CURVES = every_run("train.jsonl")
+IMAGES = every_evaluation("images")
+SCORES = every_evaluation("scores")
+
+# What decides a stage's result beside its input files; an arm has a hash of its own.
+PREFERENCES_KEY = digest(
+    study.base, study.preferences, study.device, study.training.resolution, study.training.max_undecodable
+)
+EVALUATION_KEY = digest(
+    study.base, study.prompts, study.device, study.precision, SETTINGS["scorers"], SETTINGS["sampling"]
+)
+EVIDENCE_KEY = digest(SETTINGS["arms"], SETTINGS["experiments"], SETTINGS["seeds"])

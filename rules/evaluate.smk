@@ -1,0 +1,50 @@
+# One job samples, decodes and scores every checkpoint of one arm, all seeds.
+
+
+rule evaluate:
+    input:
+        runs=rules.train.output,
+        base=local(study.base),
+        prompts=local(study.prompts),
+        scorers=scorer_files(),
+    output:
+        images=expand("<results>/images/{{arm}}/seed{seed}.parquet", seed=study.seeds),
+        scores=expand("<results>/scores/{{arm}}/seed{seed}.parquet", seed=study.seeds),
+    log:
+        "<logs>/evaluate/{arm}.log",
+    benchmark:
+        "<benchmarks>/evaluate/{arm}.jsonl"
+    wildcard_constraints:
+        arm="|".join(map(re.escape, TRAINED)),
+    threads: STAGE_THREADS
+    resources:
+        gpu=GPU,
+    params:
+        study=STUDY,
+        key=EVALUATION_KEY,
+        code=CODE["evaluate"],
+        lock=LOCK,
+    message:
+        "sampling and scoring {wildcards.arm}"
+    shell:
+        "invdpo evaluate --study {params.study} --arm {wildcards.arm} --threads {threads} --log {log}"
+
+
+use rule evaluate as evaluate_base with:
+    input:
+        runs=rules.train_nothing.output,
+        base=rules.evaluate.input.base,
+        prompts=rules.evaluate.input.prompts,
+        scorers=rules.evaluate.input.scorers,
+    output:
+        images="<results>/images/{arm}/seed0.parquet",
+        scores="<results>/scores/{arm}/seed0.parquet",
+    wildcard_constraints:
+        arm="|".join(map(re.escape, UNTRAINED)),
+
+
+rule scores:
+    input:
+        SCORES,
+    message:
+        "all scores of {study.study} are there"

@@ -1,0 +1,91 @@
+# From scores and runs to tables, figures, verdicts and the MLflow database: one rule a stage, all its files at once.
+
+
+rule tables:
+    input:
+        scores=SCORES,
+        runs=RUNS,
+        curves=CURVES,
+        published="src/invdpo/evidence/published.csv",
+    output:
+        csv=[shown(TABLES[name], f"<results>/tables/{name}.csv", "report/tables.rst", "Tables") for name in TABLES],
+        text=expand("<results>/tables/{name}.{format}", name=TABLES, format=["md", "tex"]),
+        costs="<results>/costs.json",
+    log:
+        "<logs>/tables.log",
+    params:
+        study=STUDY,
+        key=EVIDENCE_KEY,
+        code=CODE["tables"],
+        lock=LOCK,
+    message:
+        "tables of {study.study}"
+    shell:
+        "invdpo tables --study {params.study} --log {log}"
+
+
+rule figures:
+    input:
+        scores=SCORES,
+        images=IMAGES,
+        runs=RUNS,
+        curves=CURVES,
+    output:
+        png=[shown(FIGURES[name], f"<results>/figures/{name}.png", "report/figures.rst", "Figures") for name in FIGURES],
+        pdf=expand("<results>/figures/{name}.pdf", name=FIGURES),
+    log:
+        "<logs>/figures.log",
+    params:
+        study=STUDY,
+        key=EVIDENCE_KEY,
+        code=CODE["figures"],
+        lock=LOCK,
+    message:
+        "figures of {study.study}"
+    shell:
+        "invdpo figures --study {params.study} --log {log}"
+
+
+rule claims:
+    input:
+        scores=SCORES,
+        runs=RUNS,
+        curves=CURVES,
+        claims=local(study.claims),
+    output:
+        json="<results>/claims.json",
+        text=shown("Every claim", "<results>/claims.md", "report/claims.rst", "Verdicts"),
+    log:
+        "<logs>/claims.log",
+    params:
+        study=STUDY,
+        key=EVIDENCE_KEY,
+        code=CODE["claims"],
+        lock=LOCK,
+    message:
+        "verdicts of {study.study}"
+    shell:
+        "invdpo claims --study {params.study} --log {log}"
+
+
+rule mlflow:
+    input:
+        scores=SCORES,
+        runs=RUNS,
+        curves=CURVES,
+    output:
+        # The import replaces only runs that changed, so the database of the last time is kept.
+        update("<results>/mlflow.db"),
+    log:
+        "<logs>/mlflow.log",
+    resources:
+        mlflow=1,
+    params:
+        study=STUDY,
+        key=EVIDENCE_KEY,
+        code=CODE["mlflow"],
+        lock=LOCK,
+    message:
+        "importing the runs of {study.study} into MLflow"
+    shell:
+        "invdpo mlflow --study {params.study} --log {log}"

@@ -1,0 +1,232 @@
+"""The graph as its users meet it: dry runs of every study, and the smoke study run in copies of the tree."""
+
+import ast
+import itertools
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SNAKEMAKE = [str(Path(sys.executable).parent / "snakemake")]
+STUDIES = sorted(
+    path.stem for path in (ROOT / "config").glob("*.yaml") if re.search("^study:", path.read_text(), re.MULTILINE)
+)
+# These decide no number of a stage: wording of errors, how files are written, what is noted about a run, the
+# command line. A study's settings reach each rule through its key.
+NEUTRAL = {"__init__", "evidence/__init__", "cli", "config", "errors", "files", "provenance", "types"}
+
+# One worker runs all of these, one after the other: the smoke study uses every core itself.
+pytestmark = pytest.mark.xdist_group("workflow")
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """The package is the one of that copy of the tree, not the installed one."""
+    return os.environ | {"PYTHONPATH": str(folder / "src")}
+
+
+def snakemake(folder: Path, *arguments: str, check: bool = True) -> str:
+    """What snakemake printed (stdout and stderr together) when called in that folder."""
+    done = subprocess.run(
+        [*SNAKEMAKE, *arguments],
+        cwd=folder,
+        env=environment(folder),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        check=False,
+    )
+    assert not check or done.returncode == 0, done.stdout[-6000:]
+    return done.stdout
+
+
+def jobs(output: str) -> dict[str, int]:
+    """Rule -> number of jobs, from the table that Snakemake prints; empty when there is nothing to do."""
+    table = re.search(r"^-+ +-+\n(.*?)^total", output, re.MULTILINE | re.DOTALL)
+    return {name: int(count) for name, count in re.findall(r"^(\w+) +(\d+)$", table[1], re.MULTILINE)} if table else {}
+
+
+def copy_tree(folder: Path) -> Path:
+    """A working copy of the repository without results: code and configuration copied, assets linked."""
+    folder.mkdir()
+    for name in ("Snakefile", "rules", "profiles", "config", "src", "uv.lock"):
+        source = ROOT / name
+        shutil.copytree(source, folder / name) if source.is_dir() else shutil.copy2(source, folder / name)
+    (folder / "assets").symlink_to(ROOT / "assets")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def copies(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two copies of the tree in which the smoke study has run from nothing, side by side on one core each."""
+    base = tmp_path_factory.mktemp("smoke")
+    folders = (copy_tree(base / "first"), copy_tree(base / "second"))
+    runs = [
+        subprocess.Popen(
+            [*SNAKEMAKE, "--configfile", "config/smoke.yaml", "--cores", "1"],
+            cwd=folder,
+            env=environment(folder),
+            text=True,
+            stdout=(folder / "output.txt").open("w"),
+            stderr=subprocess.STDOUT,
+        )
+        for folder in folders
+    ]
+    codes = [run.wait() for run in runs]
+    assert codes == [0, 0], "\n".join((folder / "output.txt").read_text()[-6000:] for folder in folders)
+    return folders
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_every_study_has_a_graph(study: str, tmp_path: Path) -> None:
+    folder = copy_tree(tmp_path / "tree")
+    planned = jobs(snakemake(folder, "--configfile", f"config/{study}.yaml", "--dry-run"))
+    assert planned["preferences"] == planned["tables"] == planned["figures"] == planned["claims"] == 1
+    assert planned["train"] == planned["evaluate"] > 0
+    assert not (folder / "results").exists(), "a dry run writes nothing"
+
+
+def test_default_study_is_shapes_and_small_enough(tmp_path: Path) -> None:
+    folder = copy_tree(tmp_path / "tree")
+    assert sum(jobs(snakemake(folder, "--dry-run", "results/shapes/tables/table1.csv")).values()) <= 60
+
+
+def test_rule_graph_goes_from_preferences_to_tables() -> None:
+    graph = snakemake(ROOT, "--configfile", "config/smoke.yaml", "--rulegraph", "--forceall")
+    nodes = dict(re.findall(r'^\s*(\d+)\[label = "(\w+)"', graph, re.MULTILINE))
+    edges = {(nodes[a], nodes[b]) for a, b in re.findall(r"^\s*(\d+) -> (\d+)", graph, re.MULTILINE)}
+    chain = ["preferences", "train", "evaluate", "tables", "all"]
+    assert set(itertools.pairwise(chain)) <= edges
+
+
+def test_lint() -> None:
+    snakemake(ROOT, "--configfile", "config/smoke.yaml", "--lint")
+
+
+def test_unknown_key_stops_with_its_name(tmp_path: Path) -> None:
+    folder = copy_tree(tmp_path / "tree")
+    text = snakemake(folder, "--configfile", "config/smoke.yaml", "-n", "--config", "samplng=1", check=False)
+    assert "samplng" in text and "sampling" in text
+    assert "Traceback" not in text
+
+
+def imported(module: Path, seen: set[Path]) -> set[Path]:
+    """Files of the package that a file imports, at its top or inside functions, and what these import."""
+    package = ROOT / "src" / "invdpo"
+    for node in ast.walk(ast.parse(module.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("invdpo"):
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names if alias.name.startswith("invdpo")]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("invdpo."):
+            names = [node.value]  # import_module("invdpo.…")
+        else:
+            continue
+        for name in names:
+            place = package.joinpath(*name.split(".")[1:])
+            for file in (place.with_suffix(".py"), place / "__init__.py"):
+                if (
+                    file.is_file()
+                    and file not in seen
+                    and file.relative_to(package).with_suffix("").as_posix() not in NEUTRAL
+                ):
+                    seen.add(file)
+                    imported(file, seen)
+    return seen
+
+
+STAGES = {
+    "preferences": "preferences/cache",
+    "train": "training/loop",
+    "evaluate": "evaluate",
+    "tables": "evidence/tables",
+    "figures": "evidence/figures",
+    "claims": "evidence/claims",
+    "mlflow": "tracking/__init__",
+    "tune": "tuning",
+}
+
+
+def watched_modules() -> dict[str, tuple[str, ...]]:
+    """The table of modules in rules/common.smk, from the first of its constants to the last."""
+    text = (ROOT / "rules" / "common.smk").read_text()
+    names: dict[str, dict[str, tuple[str, ...]]] = {}
+    exec(text[text.index("ENCODING = ") : text.index("CODE = ")], {}, names)
+    return names["MODULES"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_each_stage_watches_the_code_it_runs(stage: str) -> None:
+    """A module that a stage imports must count into its rule's hash, or an edit would leave stale results."""
+    package = ROOT / "src" / "invdpo"
+    entry = package / f"{STAGES[stage]}.py"
+    needed = {file.relative_to(package).as_posix() for file in imported(entry, {entry})}
+    watched = watched_modules()[stage]
+    assert {name for name in needed if not any(name == f"{w}.py" or name.startswith(f"{w}/") for w in watched)} == set()
+
+
+def test_smoke_runs_and_says_where_the_results_are(copies: tuple[Path, Path]) -> None:
+    folder = copies[0]
+    output = (folder / "output.txt").read_text()
+    for name in ("tables/table1.csv", "figures/fig3.pdf", "claims.json", "mlflow.db"):
+        assert (folder / "results" / "smoke" / name).stat().st_size > 0
+    for words in (
+        "results/smoke/tables:",
+        "results/smoke/figures:",
+        "make mlflow STUDY=smoke",
+        "make report STUDY=smoke",
+    ):
+        assert words in output
+
+
+def test_two_runs_give_the_same_bytes(copies: tuple[Path, Path]) -> None:
+    first, second = (folder / "results" / "smoke" / "tables" for folder in copies)
+    names = sorted(path.name for path in first.iterdir())
+    assert names == sorted(path.name for path in second.iterdir()) and "table1.csv" in names
+    assert [name for name in names if (first / name).read_bytes() != (second / name).read_bytes()] == []
+    claims = [folder / "results" / "smoke" / "claims.json" for folder in copies]
+    assert claims[0].read_bytes() == claims[1].read_bytes()
+
+
+def test_unchanged_run_does_nothing(copies: tuple[Path, Path]) -> None:
+    assert "Nothing to be done" in snakemake(copies[0], "--configfile", "config/smoke.yaml")
+
+
+def test_one_target_is_made_alone(copies: tuple[Path, Path]) -> None:
+    table = copies[0] / "results" / "smoke" / "tables" / "table1.csv"
+    before = table.read_bytes()
+    table.unlink()
+    output = snakemake(copies[0], "results/smoke/tables/table1.csv", "--configfile", "config/smoke.yaml")
+    assert jobs(output) == {"tables": 1}
+    assert table.read_bytes() == before
+
+
+def test_edits_rerun_what_they_touch_and_no_more(copies: tuple[Path, Path]) -> None:
+    folder = copies[1]
+    dry = ("--configfile", "config/smoke.yaml", "--dry-run")
+    assert jobs(snakemake(folder, *dry)) == {}
+
+    config = folder / "config" / "smoke.yaml"
+    text = config.read_text()
+    everything = jobs(snakemake(folder, *dry, "--forceall"))
+
+    config.write_text(text.replace("seed: 2025", "seed: 7"))
+    again = jobs(snakemake(folder, *dry))
+    assert "train" not in again and again["evaluate"] == everything["evaluate"]
+
+    one_arm = "\n  diffusion_dpo: {method: diffusion_dpo, training: {learning_rate: 1.23e-5}}\n"
+    config.write_text(text.replace("\n  diffusion_dpo: {method: diffusion_dpo}\n", one_arm))
+    again = jobs(snakemake(folder, *dry))
+    assert (again["train"], again["evaluate"]) == (1, 1)
+    config.write_text(text)
+
+    code = folder / "src" / "invdpo" / "evidence" / "tables.py"
+    code.write_text(code.read_text() + "\n# a comment changes no number\n")
+    assert jobs(snakemake(folder, *dry)) == {}
+    code.write_text(code.read_text() + "\nANOTHER_STATEMENT = True\n")
+    again = jobs(snakemake(folder, *dry))
+    assert "tables" in again and {"preferences", "train", "evaluate"}.isdisjoint(again)
