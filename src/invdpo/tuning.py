@@ -131,5 +131,5 @@ def _share_pairs(root: Path, tuning_root: Path) -> None:
 def _by_prompt(study: StudyConfig, arm: str, seeds: list[int], metric: str) -> np.ndarray:
     """(prompts,) scores of an arm's last checkpoint, averaged over training seeds."""
     files = [study.root / "scores" / arm / f"seed{seed}.parquet" for seed in seeds]
-    scores = [pd.read_parquet(file).query("scorer == @metric").sort_values("prompt_id") for file in files]
-    return np.mean([frame["score"].to_numpy(np.float64) for frame in scores], axis=0)
+    scores = [pd.read_parquet(file).sort_values("prompt_id") for file in files]
+    return np.mean([frame.loc[frame["scorer"] == metric, "score"].to_numpy(np.float64) for frame in scores], axis=0)

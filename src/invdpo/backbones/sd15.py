@@ -116,7 +116,8 @@ def load_vae(base: str | Path, device: torch.device) -> AutoencoderKL:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     vae = _load(base, "vae", lambda: AutoencoderKL.from_pretrained(base, subfolder="vae", torch_dtype=torch.float32))
-    return vae.eval().to(device)  # pyright: ignore[reportArgumentType]
+    # Channels last: convolutions over few channels, as here, run up to three times faster on a CPU.
+    return vae.eval().to(device, memory_format=torch.channels_last)  # pyright: ignore
 
 
 @torch.no_grad()

@@ -158,7 +158,7 @@ class Run:
         started = time.time()
         dtype = resolve_dtype(self.device, self.study.precision)
         policy = _initial_policy(base, self.arm.initial_rounding)
-        reference = _frozen_reference(base, recipe.reference_dtype)
+        reference = _frozen_reference(base, recipe.reference_dtype, self.device)
         optimizer = build_optimizer(policy.parameters(), training, self.arm.learning_rate)
         progress = state.load_state(self.state, policy, optimizer)
         if progress.step:
@@ -369,20 +369,29 @@ class Stepper:
 
 
 def _initial_policy(base: UNet2DConditionModel, rounding: str | None) -> UNet2DConditionModel:
-    policy = copy.deepcopy(base).requires_grad_(True)
-    if rounding is not None:
-        with torch.no_grad():
-            for parameter in policy.parameters():
-                parameter.copy_(parameter.to(getattr(torch, rounding)))
-    return policy
+    policy = copy.deepcopy(base) if rounding is None else _rounded(base, rounding)
+    return policy.requires_grad_(True)
 
 
-def _frozen_reference(base: UNet2DConditionModel, dtype: str) -> UNet2DConditionModel:
-    """The base itself in fp32; a rounded copy for a recipe that compares against a half-precision
-    reference.
+def _frozen_reference(base: UNet2DConditionModel, dtype: str, device: torch.device) -> UNet2DConditionModel:
+    """The base itself in fp32, or a half-precision copy for a recipe that compares against one.
+
+    CPUs multiply half precision a hundred times slower, so there only the weights are rounded to it and the pass runs
+    in fp32: the same noise of rounding size at the start, by another route.
     """
     base.requires_grad_(False)
-    return base if dtype == "float32" else copy.deepcopy(base).to(getattr(torch, dtype))
+    if dtype == "float32":
+        return base
+    return _rounded(base, dtype) if device.type == "cpu" else copy.deepcopy(base).to(getattr(torch, dtype))
+
+
+def _rounded(base: UNet2DConditionModel, dtype: str) -> UNet2DConditionModel:
+    """A copy in fp32 whose weights have only the precision of `dtype`."""
+    rounded = copy.deepcopy(base)
+    with torch.no_grad():
+        for parameter in rounded.parameters():
+            parameter.copy_(parameter.to(getattr(torch, dtype)))
+    return rounded
 
 
 def _made_by(path: Path) -> str | None:

@@ -94,7 +94,7 @@ def _graphs(scene: Scene, reading: Reading) -> tuple[tuple[set, set, set], tuple
 
 def utility(scene: Scene, reading: Reading) -> float:
     """The hidden utility by which the simulated annotators vote."""
-    return FAITHFULNESS_WEIGHT * faithfulness(scene, reading) + AESTHETICS_WEIGHT * aesthetics(reading)
+    return float(FAITHFULNESS_WEIGHT * faithfulness(scene, reading) + AESTHETICS_WEIGHT * aesthetics(reading))
 
 
 def score(image: Image.Image | np.ndarray, prompt: str) -> dict[str, float]:
