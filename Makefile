@@ -15,7 +15,8 @@ reproduce: $(UV)
 	$(RUN) snakemake $(ARGS) --configfile config/$(STUDY).yaml
 
 test: $(UV)
-	OMP_NUM_THREADS=1 $(DEV) pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(DEV) pytest -n 2 tests/unit
+	$(DEV) pytest tests/workflow
 
 lint: $(UV)
 	$(DEV) ruff check

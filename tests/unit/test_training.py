@@ -240,7 +240,7 @@ def gradient_of_first_step(study: StudyConfig, arm: str = "dpo") -> tuple[torch.
     stepper = loop.Stepper(
         run,
         policy,
-        loop._frozen_reference(base, "float32"),
+        loop._frozen_reference(base, "float32", CPU),
         base,
         torch.optim.SGD(policy.parameters(), lr=0.0),
         sd15.load_schedule(study.base),
@@ -535,3 +535,24 @@ def test_fp16_overflow_repeats_the_step_with_a_smaller_scale(
     train(study)
     assert scales == [2.0**16, 2.0**15, 2.0**15]
     assert len(rows()) == 2 and rows()[0]["grad_norm"] < 1e3
+
+
+def test_a_half_precision_reference_has_rounded_weights_on_a_cpu(tiny_base: Path) -> None:
+    base = sd15.load_unet(tiny_base, CPU)
+    reference = loop._frozen_reference(base, "float16", CPU)
+    assert {parameter.dtype for parameter in reference.parameters()} == {torch.float32}
+    pairs = list(zip(reference.parameters(), base.parameters(), strict=True))
+    assert all(torch.equal(rounded, weight.half().float()) for rounded, weight in pairs)
+    assert not all(torch.equal(rounded, weight) for rounded, weight in pairs)
+
+
+def test_rounding_alone_moves_eq_16_off_the_reference(study_with_cache: MakeStudy) -> None:
+    """In fp32 its first gradient is exactly zero; from weights rounded to fp16 it is not."""
+    steps = {"method": "inversion_dpo_paper", "recipe": {"trajectory": {"steps": 3}}}
+    study = study_with_cache(arms={"exact": steps, "rounded": {**steps, "initial_rounding": "float16"}})
+    norms = {}
+    for arm in ("exact", "rounded"):
+        loop.train(study, arm, [0], CPU)
+        norms[arm] = json.loads((out(arm) / "train.jsonl").read_text().splitlines()[0])["grad_norm"]
+    assert norms["exact"] == 0.0
+    assert norms["rounded"] > 0.0

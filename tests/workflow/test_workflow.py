@@ -20,9 +20,6 @@ STUDIES = sorted(
 # command line. A study's settings reach each rule through its key.
 NEUTRAL = {"__init__", "evidence/__init__", "cli", "config", "errors", "files", "provenance", "types"}
 
-# One worker runs all of these, one after the other: the smoke study uses every core itself.
-pytestmark = pytest.mark.xdist_group("workflow")
-
 
 def environment(folder: Path) -> dict[str, str]:
     """The package is the one of that copy of the tree, not the installed one."""

@@ -416,7 +416,7 @@ def to_markdown(rows: list[Verdict]) -> str:
 
 
 def summary(rows: list[Verdict]) -> str:
-    """The verdicts for the README: one line a claim, every reading of the method in it. `not run` readings are left out."""
+    """The verdicts for the README: one line a claim with every reading of the method that was run."""
     lines = ["| Question | The paper | This study |", "| --- | --- | --- |"]
     for claim in dict.fromkeys(row.id for row in rows):
         readings = [row for row in rows if row.id == claim and row.verdict != NOT_RUN]

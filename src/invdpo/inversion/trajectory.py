@@ -134,5 +134,6 @@ def _check_finite(finite: Tensor, grid: Tensor) -> None:
         step = int((~finite).nonzero()[0])
         raise InvdpoError(
             f"trajectory: the inverting model predicted a non-finite noise in step {step + 1} (timestep "
-            f"{int(grid[step])}); check its weights, use a wider reference_dtype, or guidance nearer 1"
+            f"{int(grid[step])}); check its weights, use a wider reference_dtype, "
+            "or a trajectory.guidance_scale nearer 1"
         )

@@ -17,7 +17,7 @@ CPU cores. Pictures are 64x64 RGB: one to three coloured shapes, the first two i
 | path | what it is | stands for |
 |---|---|---|
 | `base/` | a `StableDiffusionPipeline` folder with SD1.5's noise schedule | Stable Diffusion 1.5 / SDXL |
-| `preferences/{train,validation}.parquet` | voted pairs of the base model's samples, with Pick-a-Pic v2's columns | Pick-a-Pic v2 |
+| `preferences/{train,validation}.parquet` | voted pairs of the base model's samples | Pick-a-Pic v2 |
 | `prompts/{test,tuning}.txt` | captions that no voted pair has | the papers' prompt sets |
 | `scorers/pickscore/` | a transformers `CLIPModel` folder, trained on its own votes | PickScore |
 | `scorers/clip/` | an open_clip folder, trained on captioned renders | CLIP ViT-H-14 |
