@@ -1,5 +1,8 @@
 """The base model of the shapes world: a small Stable Diffusion pipeline, trained here, saved in the hub's layout."""
 
+# diffusers annotates sequences as one-tuples and optional parts as required, and exports nothing that pyright sees.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportPrivateImportUsage=false
+
 from __future__ import annotations
 
 from pathlib import Path

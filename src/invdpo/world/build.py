@@ -73,7 +73,7 @@ def build_vae(out: Path) -> None:
 
 def build_base(out: Path) -> None:
     """The rest of the base pipeline, around the VAE that is there; and how faithful its samples are."""
-    from diffusers import AutoencoderKL
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     from invdpo.world.base import save_pipeline, train_base
 

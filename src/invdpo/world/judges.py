@@ -5,6 +5,9 @@ contrastively and then on votes (Bradley-Terry, as PickScore is). hps: the clip,
 held-out preference model. aesthetic: LAION's five linear layers on the clip's image embedding.
 """
 
+# transformers and open_clip annotate their outputs as unions with tuples, and modules as tensors.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+
 from __future__ import annotations
 
 import io

@@ -85,7 +85,7 @@ def read_picture(picture: np.ndarray) -> Reading:
     seen: list[Seen] = []
     objects = np.zeros((SIDE, SIDE), bool)
     for colour_index, colour in enumerate(COLOURS):
-        components, count = ndimage.label(inside & (nearest == colour_index))
+        components = np.asarray(ndimage.label(inside & (nearest == colour_index))[0])  # pyright: ignore[reportIndexIssue]
         for index, window in enumerate(ndimage.find_objects(components), start=1):
             mask = components[window] == index
             if mask.sum() < SMALLEST_AREA:

@@ -44,4 +44,4 @@ def build_tokenizer() -> CLIPTokenizer:
     tokens = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges)]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     vocabulary = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=CONTEXT)
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=CONTEXT)  # pyright: ignore[reportArgumentType]
