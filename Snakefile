@@ -19,7 +19,7 @@ if "study" not in config:
     configfile: "config/shapes.yaml"
 
 
-container: "docker://ghcr.io/astral-sh/uv:python3.11-bookworm"
+container: "docker://python:3.11-bookworm"
 
 
 report: "rules/report/study.rst"

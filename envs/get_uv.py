@@ -4,30 +4,45 @@ python3 envs/get_uv.py .uv/bin
 """
 
 import hashlib
+import html
 import io
-import json
 import platform
+import re
 import sys
 import urllib.parse
 import urllib.request
 import zipfile
 from pathlib import Path
 
-INDEX = "https://pypi.org/pypi/uv/json"
+# The index that everything else is installed from, too.
+LOCK = Path(__file__).resolve().parents[1] / "uv.lock"
+
+
+def index_of(lock: str) -> str:
+    """The package index that a uv.lock names first."""
+    found = re.search(r'registry = "(https://[^"]+)"', lock)
+    if found is None:
+        sys.exit("uv.lock names no package index: install uv yourself")
+    return found[1]
 
 
 def main(folder: Path) -> None:
-    system = "manylinux" if platform.system() == "Linux" else "macosx"
+    page = f"{index_of(LOCK.read_text())}/uv/"
+    with urllib.request.urlopen(page) as answer:
+        links = re.findall(r'href="([^"#]+)#sha256=([0-9a-f]{64})"', answer.read().decode())
     machine = platform.machine()
-    with urllib.request.urlopen(INDEX) as answer:
-        wheels = json.load(answer)["urls"]
-    found = [w for w in wheels if system in w["filename"] and w["filename"].endswith(f"{machine}.whl")]
-    if not found:
-        sys.exit(f"PyPI has no uv for {system} {machine}: install uv yourself, https://docs.astral.sh/uv")
-    with urllib.request.urlopen(urllib.parse.urljoin(INDEX, found[0]["url"])) as answer:
+    system = "manylinux" if platform.system() == "Linux" else "macosx"
+    wheels = re.compile(rf".*/uv-(\d+)\.(\d+)\.(\d+)-[^/]*{system}[^/]*{machine}\.whl$")
+    fitting = [
+        (tuple(map(int, found.groups())), link, digest) for link, digest in links if (found := wheels.match(link))
+    ]
+    if not fitting:
+        sys.exit(f"the package index has no uv for {system} {machine}: install uv yourself")
+    _, link, digest = max(fitting)
+    with urllib.request.urlopen(urllib.parse.urljoin(page, html.unescape(link))) as answer:
         content = answer.read()
-    if hashlib.sha256(content).hexdigest() != found[0]["digests"]["sha256"]:
-        sys.exit(f"{found[0]['url']} has not the hash that PyPI states: try again")
+    if hashlib.sha256(content).hexdigest() != digest:
+        sys.exit(f"{link} has not the hash that the package index states: try again")
     with zipfile.ZipFile(io.BytesIO(content)) as wheel:
         executable = next(name for name in wheel.namelist() if name.endswith(".data/scripts/uv"))
         folder.mkdir(parents=True, exist_ok=True)
