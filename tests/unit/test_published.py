@@ -43,9 +43,16 @@ def test_the_reference_run_used_the_committed_study() -> None:
     study = load_study("config/shapes.yaml")
     runs = json.loads((REFERENCE / "provenance.json").read_text())["runs"]
     assert set(runs) == set(study.arms)
-    for arm, seeds in runs.items():
+    for name, seeds in runs.items():
         assert set(seeds) == {f"seed{seed}" for seed in study.seeds}
-        assert {run["config_hash"] for run in seeds.values()} == {study.arm(arm).hash}
+        arm = study.arm(name)
+        for run in seeds.values():
+            assert not run["git_dirty"]
+            assert (run["method"], run["labels"]) == (arm.method, arm.labels)
+            if arm.trains:
+                assert run["training"] == arm.training.model_dump(mode="json")
+                assert run["recipe"] == arm.recipe.model_dump(mode="json")
+                assert run["learning_rate"] == arm.learning_rate
 
 
 @pytest.mark.parametrize("baseline", ["base", "diffusion_dpo_shuffled"])

@@ -79,6 +79,7 @@ def build_base(out: Path) -> None:
 
     started = time.monotonic()
     vae = AutoencoderKL.from_pretrained(out / "base" / "vae")
+    vae.register_to_config(_name_or_path="shapes")  # diffusers would save the path it was loaded from
     pipeline, facts = train_base(corpus(), vae, BASE_STEPS, SEEDS["base"])
     save_pipeline(pipeline, out / "base")
     record(out, "base", started, seed=SEEDS["base"], **facts)
