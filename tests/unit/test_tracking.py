@@ -10,9 +10,6 @@ from evidence_fixture import STEPS, make_config, make_study
 from invdpo.config import StudyConfig
 from invdpo.tracking import mlflow_sync, sync
 
-# One worker makes the database once.
-pytestmark = pytest.mark.xdist_group("tracking")
-
 
 @pytest.fixture(scope="module")
 def synced(tmp_path_factory: pytest.TempPathFactory):
