@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,11 +23,12 @@ from invdpo.backbones import sd15
 from invdpo.device import resolve_dtype
 from invdpo.errors import InvdpoError
 from invdpo.files import replace_when_done
+from invdpo.inversion.guidance import two_model_guidance
 from invdpo.prompts import read_prompts
 from invdpo.provenance import stamp
 from invdpo.sampling import decode, prompt_generator, sample, unet_evaluations
 from invdpo.scorers import Scorer, build_scorers
-from invdpo.types import Conditioning
+from invdpo.types import Conditioning, EpsModel
 
 if TYPE_CHECKING:
     from invdpo.config import ArmConfig, StudyConfig
@@ -133,17 +135,30 @@ class _Studio:
         ids, size = range(len(self.prompts)), self.study.sampling.batch
         return [ids[start : start + size] for start in ids[::size]]
 
-    def draw(self, unet: Any, ids: range) -> list[Image.Image]:
-        """The pictures that a UNet makes for some prompts."""
+    @cached_property
+    def base(self) -> Any:
+        """The base's UNet, for arms that are sampled beside it."""
+        return sd15.load_unet(self.study.base, self.device)
+
+    def model(self, arm: ArmConfig, unet: Any) -> tuple[EpsModel, float]:
+        """What an arm's UNet is sampled as, and with which guidance scale: 1 where the model is guided already."""
+        scale = self.study.sampling.guidance_scale
+        trained = sd15.UNetEps(unet, self.dtype)
+        if arm.trains and arm.recipe.sampling_branch == "unconditional":
+            return two_model_guidance(sd15.UNetEps(self.base, self.dtype), trained, scale), 1.0
+        return trained, scale
+
+    def draw(self, eps_model: EpsModel, guidance_scale: float, ids: range) -> list[Image.Image]:
+        """The pictures that an eps-model makes for some prompts."""
         sampling = self.study.sampling
         embeds = self.embeds[ids.start : ids.stop]
         cond = Conditioning(embeds, uncond=Conditioning(self.uncond.expand(len(ids), -1, -1)))
         latents = sample(
-            sd15.UNetEps(unet, self.dtype),
+            eps_model,
             cond.map(lambda value: value.to(self.device)),
             self.schedule,
             sampling.steps,
-            sampling.guidance_scale,
+            guidance_scale,
             [prompt_generator(sampling.seed, prompt_id) for prompt_id in ids],
             self.shape,
         )
@@ -156,10 +171,10 @@ def _evaluate_seed(studio: _Studio, arm: ArmConfig, checkpoints: list[Checkpoint
     images, scores = [], []
     for checkpoint in checkpoints:
         bar.set_description(f"{arm.name} seed {checkpoint.seed} step {checkpoint.step}")
-        unet = sd15.load_unet(checkpoint.folder, studio.device)
+        eps_model, scale = studio.model(arm, sd15.load_unet(checkpoint.folder, studio.device))
         for ids in studio.batches():
             try:
-                pictures = studio.draw(unet, ids)
+                pictures = studio.draw(eps_model, scale, ids)
             except InvdpoError as error:
                 raise InvdpoError(f"arm {arm.name}, seed {checkpoint.seed}, step {checkpoint.step}: {error}") from error
             heads = [_head(studio, arm, checkpoint, prompt_id) for prompt_id in ids]

@@ -30,7 +30,8 @@ def grid(study: StudyConfig, arm: str) -> dict[str, ArmEntry]:
     """The grid points of one arm as arms of their own; beta is not varied where the loss has none."""
     tuning, entry = tuning_of(study), study.arms[arm]
     rates = [{"learning_rate": rate} for rate in tuning.learning_rate]
-    betas = [{"beta": beta} for beta in tuning.beta] if study.arm(arm).recipe.loss.kind == "dpo" else [{}]
+    has_beta = study.arm(arm).recipe.loss.kind != "winner_only"
+    betas = [{"beta": beta} for beta in tuning.beta] if has_beta else [{}]
     return {
         f"{arm}_point{number}": entry.model_copy(
             update={"tuned": False, "training": {**entry.training, **rate, **beta}}

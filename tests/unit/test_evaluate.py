@@ -21,6 +21,7 @@ from invdpo.backbones.sd15 import load_unet
 from invdpo.config import StudyConfig, parse_study
 from invdpo.errors import InvdpoError
 from invdpo.evaluate import evaluate
+from invdpo.types import Conditioning
 
 CPU = torch.device("cpu")
 
@@ -55,24 +56,28 @@ def make_study(base: Path, prompts_file: Path, **sampling: Any) -> StudyConfig:
             "seeds": [3, 4],
             "training": {"steps": 4, "checkpoints": [2], "batch": 2, "resolution": 32},
             "sampling": {"steps": 3, "guidance_scale": 3.0, "batch": 3, "seed": 1, **sampling},
-            "arms": {"base": {"method": "no_training"}, "tuned": {"method": "diffusion_dpo"}},
+            "arms": {
+                "base": {"method": "no_training"},
+                "tuned": {"method": "diffusion_dpo"},
+                "away": {"method": "diffusion_npo"},
+            },
         },
         "test",
     )
 
 
-def make_runs(study: StudyConfig) -> None:
-    """Finished runs of `tuned`: the base's weights, moved further with every step and differently for each
+def make_runs(study: StudyConfig, arm: str = "tuned", shift: float = 0.01) -> None:
+    """Finished runs of an arm: the base's weights, moved further with every step and differently for each
     seed.
     """
     for seed in study.seeds:
-        run = study.root / "runs" / "tuned" / f"seed{seed}"
+        run = study.root / "runs" / arm / f"seed{seed}"
         unet = load_unet(study.base, CPU)
         for step in (2, 4):
             with torch.no_grad():
-                unet.conv_out.weight.add_(0.01 * seed)
+                unet.conv_out.weight.add_(shift * seed)
             unet.save_pretrained(run / "checkpoints" / f"step{step:06d}" / "unet")
-        (run / "run.json").write_text(json.dumps({"config_hash": study.arm("tuned").hash}))
+        (run / "run.json").write_text(json.dumps({"config_hash": study.arm(arm).hash}))
 
 
 def read(study: StudyConfig, kind: str, arm: str, seed: int) -> pd.DataFrame:
@@ -118,6 +123,43 @@ def test_provenance_counts_the_evaluations(study: StudyConfig) -> None:
     assert metadata["config_hash"] == study.arm("tuned").hash
     assert metadata["scorer_versions"] == ["brightness:0:none"]
     assert metadata["seed"] == 3 and metadata["dtype"] == "float32"
+
+
+def pixels(study: StudyConfig, arm: str, seed: int) -> np.ndarray:
+    """The stored pictures of a run, (prompts,H,W,3) int."""
+    pngs = read(study, "images", arm, seed).png
+    return np.stack([np.asarray(Image.open(io.BytesIO(png)), dtype=int) for png in pngs])
+
+
+def test_an_unconditional_policy_equal_to_the_base_is_the_bases_own_guidance(study: StudyConfig) -> None:
+    make_runs(study, "away", shift=0)
+    evaluate(study, "base", [3], CPU)
+    (path,) = evaluate(study, "away", [3], CPU)
+    # Rounding alone: two calls of a batch in place of one call of twice as many.
+    assert np.abs(pixels(study, "away", 3) - pixels(study, "base", 0)).max() <= 1
+    metadata = json.loads(pq.read_schema(path).metadata[b"provenance"])
+    assert metadata["unet_evals"] == 2 * 4 * 3 * 2  # checkpoints, prompts, steps, networks
+
+
+def test_an_unconditional_policy_is_what_guidance_leads_away_from(study: StudyConfig) -> None:
+    make_runs(study)
+    make_runs(study, "away")
+    for arm in ("base", "tuned", "away"):
+        evaluate(study, arm, [3], CPU)
+    away = pixels(study, "away", 3)
+    assert np.abs(away - pixels(study, "base", 0)).mean() > 1  # the policy counts,
+    assert np.abs(away - pixels(study, "tuned", 3)).mean() > 1  # and not as an ordinary one
+
+    studio = stage._Studio(study, ["a red circle"], CPU)
+    trained = load_unet(study.root / "runs" / "away" / "seed3" / "checkpoints" / "step000004", CPU)
+    model, scale = studio.model(study.arm("away"), trained)
+    x, t = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([500])
+    with torch.no_grad():
+        prompt = stage.sd15.UNetEps(load_unet(study.base, CPU))(x, t, Conditioning(studio.embeds))
+        empty = stage.sd15.UNetEps(trained)(x, t, Conditioning(studio.uncond))
+        found = model(x, t, Conditioning(studio.embeds, uncond=Conditioning(studio.uncond)))
+    torch.testing.assert_close(found, empty + 3.0 * (prompt - empty))
+    assert scale == 1.0
 
 
 def test_the_base_is_evaluated_once(study: StudyConfig) -> None:

@@ -21,7 +21,9 @@ INVERTED = [
     "inversion_dpo_implied",
     "inversion_dpo_exact",
 ]
+WRITTEN_OUT = [*INVERTED, "diffusion_dpo", "p_single", "q_single", "sft"]  # the others are in test_recipes.py
 PAIRED = [method for method in METHODS if method != "sft"]
+SHARED = [method for method in PAIRED if method != "diffusion_kto"]
 SHAPE = (2, 3, 3)
 N = 6
 
@@ -62,6 +64,10 @@ def small(method, **more):
     """The method's recipe at N = 6 (where it has a grid) and a beta at which the sigmoid is not saturated."""
     recipe = load_recipe(method)
     changes = {"beta": 0.05 if recipe.log_ratio.reduction == "sum" else 2.0}
+    if recipe.loss.kind == "dspo":
+        changes["beta"] = 0.5  # at 2 its gradient at the reference vanishes
+    if recipe.loss.kind == "mapo":
+        changes["loss"] = {"margin_scale": 3.0}
     if recipe.trajectory.steps is not None:
         changes["trajectory"] = {"steps": N}
     return recipe.with_overrides(changes).with_overrides(more)
@@ -77,6 +83,11 @@ def batch(pairs=3, dtype=torch.float64):
     embeds = torch.randn(pairs, 2, 4, generator=g).to(dtype)
     cond = Conditioning(embeds, uncond=Conditioning(torch.zeros_like(embeds)))
     return win, lose, cond
+
+
+def strengths(pairs=3):
+    """What smpo needs, and no other recipe looks at."""
+    return torch.tensor([0.8, -0.3, 0.5, 1.0, 0.1, 0.2, 0.9, -0.6])[:pairs]
 
 
 def generators(pairs=3):
@@ -178,7 +189,7 @@ def hand_pair_loss(method, policy, reference, win, lose, c, g):
     return -torch.nn.functional.logsigmoid(recipe.beta * (log_ratio(win) - log_ratio(lose))).squeeze()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", WRITTEN_OUT)
 def test_loss_and_gradient_are_the_written_out_formula(method):
     policy, reference = networks()
     win, lose, cond = batch()
@@ -201,20 +212,20 @@ def test_only_the_two_term_objectives_are_stationary_at_the_reference(method, dt
     win, lose, cond = batch(dtype=dtype)
     for chunk in (None, 6, 4):
         policy.zero_grad()
-        backward(small(method), policy, reference, win, lose, cond, SCHEDULE, generators(), chunk=chunk)
+        backward(small(method), policy, reference, win, lose, cond, SCHEDULE, generators(), strengths(), chunk=chunk)
         if method in ("inversion_dpo_paper", "inversion_dpo_minus", "inversion_dpo_code"):
             assert torch.count_nonzero(policy.gradient()) == 0
         else:
             assert float(policy.gradient().norm()) > 1e-4
 
 
-@pytest.mark.parametrize("method", PAIRED)
+@pytest.mark.parametrize("method", SHARED)
 def test_swapping_winner_and_loser_negates_the_difference_exactly(method):
     policy, reference = networks(torch.float32)
     win, lose, cond = batch(dtype=torch.float32)
     recipe = small(method)
-    there = preference_loss(recipe, policy, reference, win, lose, cond, SCHEDULE, generators())
-    back = preference_loss(recipe, policy, reference, lose, win, cond, SCHEDULE, generators())
+    there = preference_loss(recipe, policy, reference, win, lose, cond, SCHEDULE, generators(), strengths())
+    back = preference_loss(recipe, policy, reference, lose, win, cond, SCHEDULE, generators(), strengths())
     difference = there.logratio_win - there.logratio_lose
     assert torch.equal(difference, -(back.logratio_win - back.logratio_lose))
     assert float(difference.detach().abs().min()) > 0
@@ -223,8 +234,8 @@ def test_swapping_winner_and_loser_negates_the_difference_exactly(method):
 def test_a_pair_shares_timestep_and_noise():
     policy, reference = networks()
     win, _, cond = batch()
-    for method in PAIRED:
-        out = preference_loss(small(method), policy, reference, win, win, cond, SCHEDULE, generators())
+    for method in SHARED:
+        out = preference_loss(small(method), policy, reference, win, win, cond, SCHEDULE, generators(), strengths())
         assert torch.equal(out.logratio_win, out.logratio_lose)
 
 
@@ -235,13 +246,14 @@ def test_streaming_is_the_full_graph(method, pairs, chunk):
     policy, reference = networks(torch.float32)
     win, lose, cond = batch(pairs, torch.float32)
     recipe = small(method)
-    full = preference_loss(recipe, policy, reference, win, lose, cond, SCHEDULE, generators(pairs))
+    arguments = (recipe, policy, reference, win, lose, cond, SCHEDULE)
+    full = preference_loss(*arguments, generators(pairs), strengths(pairs))
     (full.loss * 3 + policy.c.square()).backward()
     expected = policy.gradient()
     policy.zero_grad()
     policy.c.square().backward()  # a gradient already there is added to, and scaled by nothing
     policy.latents = policy.latents_with_gradient = policy.widest = reference.latents = 0
-    out = backward(recipe, policy, reference, win, lose, cond, SCHEDULE, generators(pairs), loss_scale=3.0, chunk=chunk)
+    out = backward(*arguments, generators(pairs), strengths(pairs), loss_scale=3.0, chunk=chunk)
     error = (policy.gradient() - expected).norm() / expected.norm()
     assert float(error) < 1e-5
     torch.testing.assert_close(out.loss, full.loss.detach())
@@ -262,13 +274,15 @@ def test_passes_are_as_few_as_they_can_be(pairs):
         ("inversion_dpo_exact", 1, N + 1),
         ("inversion_dpo_implied", 1, 2 * N),  # every point again, with its own label
         ("diffusion_dpo", 1, 1),
+        ("dspo", 1, 1),  # once for its coefficient and its regression
     ):
         rows = 2 * pairs * guidance
-        for chunk, passes in ((None, 1), (rows, 1 if pairs == 1 or method == "diffusion_dpo" else 2)):
+        single = method in ("diffusion_dpo", "dspo")
+        for chunk, passes in ((None, 1), (rows, 1 if pairs == 1 or single else 2)):
             policy, reference = networks()
             backward(small(method), policy, reference, win, lose, cond, SCHEDULE, generators(pairs), chunk=chunk)
             assert reference.latents == reference_calls * rows
-            points = 1 if method == "diffusion_dpo" else N
+            points = 1 if single else N
             assert policy.latents == passes * points * rows
             assert policy.latents_with_gradient == points * rows
 
@@ -277,7 +291,7 @@ def test_passes_are_as_few_as_they_can_be(pairs):
 def test_counts_are_what_the_networks_saw(method):
     policy, reference = networks()
     win, lose, cond = batch()
-    out = preference_loss(small(method), policy, reference, win, lose, cond, SCHEDULE, generators())
+    out = preference_loss(small(method), policy, reference, win, lose, cond, SCHEDULE, generators(), strengths())
     assert out.unet_evals == policy.latents + reference.latents
     if method == "sft":
         assert (out.unet_evals, reference.latents, out.logratio_lose) == (3, 0, None)
@@ -291,11 +305,11 @@ def test_single_timestep_inversion_stops_at_its_timestep():
     assert reference.latents == 2 * sum(index) + 6
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "diffusion_kto"])
 def test_micro_batches_of_one_pair_give_the_same_step(method):
     win, lose, cond = batch(8)
     policy, reference = networks()
-    backward(small(method), policy, reference, win, lose, cond, SCHEDULE, generators(8), chunk=7)
+    backward(small(method), policy, reference, win, lose, cond, SCHEDULE, generators(8), strengths(8), chunk=7)
     together = policy.gradient()
     policy.zero_grad()
     for i in range(8):
@@ -309,6 +323,7 @@ def test_micro_batches_of_one_pair_give_the_same_step(method):
             cond.map(lambda value, one=one: value[one]),
             SCHEDULE,
             generators(8)[one],
+            strengths(8)[one],
             loss_scale=1 / 8,
             chunk=7,
         )
@@ -602,7 +617,7 @@ def test_frozen_and_overrides_are_deep():
         ("p_single", {"log_ratio": {"at": "x_prev"}}, r"log_ratio\.at.*'reference'"),
         ("diffusion_dpo", {"loss": {"kind": "winner_only"}}, r"log_ratio\.form.*denoising"),
         ("sft", {"loss": {"kind": "dpo"}}, r"loss\.kind.*winner_only"),
-        ("sft", {"loss": {"margin": 1.0}}, r"loss: .*margin"),
+        ("sft", {"loss": {"margin": 1.0}}, r"loss\.margin: .*'winner_only'"),
         ("p_single", {"timesteps": "subset"}, "subset_size"),
         ("p_single", {"timesteps": "subset", "subset_size": 81}, r"subset_size.*trajectory\.steps 80"),
         ("p_single", {"subset_size": 3}, "subset_size"),
@@ -619,6 +634,30 @@ def test_frozen_and_overrides_are_deep():
         ("p_single", {"beta": -1}, "beta"),
         ("p_single", {"beta": math.nan}, "beta"),
         ("p_single", {"loss": {"label_smoothing": 0.5}}, r"loss\.label_smoothing"),
+        ("q_single", {"trajectory": {"model": "policy"}}, r"trajectory\.model: a forward trajectory"),
+        ("q_single", {"trajectory": {"label": "previous"}}, r"trajectory\.label: a forward trajectory"),
+        ("diffusion_dpo", {"trajectory": {"steps_offset": 1}}, r"trajectory\.steps_offset: .*grid"),
+        ("sft", {"reference_dtype": "float16"}, r"reference_dtype: .*never calls the reference"),
+        ("mapo", {"reference_label_dtype": "bfloat16"}, r"reference_label_dtype: .*never calls the reference"),
+        ("sft", {"pair_draws": "independent"}, r"pair_draws: .*'winner_only'"),
+        ("sft", {"loss": {"reversed": True}}, r"loss\.reversed: .*no loser"),
+        ("inversion_dpo_paper", {"pair_draws": "independent"}, r"pair_draws: .*draws nothing"),
+        ("diffusion_dpo", {"loss": {"kind": "kto"}}, r"loss\.positive_share: .*'kto' needs it"),
+        ("diffusion_dpo", {"loss": {"positive_share": 0.5}}, r"loss\.positive_share: only loss\.kind 'kto'"),
+        ("diffusion_kto", {"loss": {"positive_share": 1.0}}, r"loss\.positive_share: .*less than 1"),
+        ("diffusion_kto", {"loss": {"margin": 0.1}}, r"loss\.margin: .*'kto'"),
+        ("diffusion_kto", {"loss": {"label_smoothing": 0.1}}, r"loss\.label_smoothing: .*'kto'"),
+        ("diffusion_kto", {"loss": {"weight_by_strength": True}}, r"loss\.weight_by_strength: .*'kto'"),
+        ("diffusion_kto", {"log_ratio": {"form": "denoising"}}, r"loss\.kind: .*'winner_only' or 'mapo'"),
+        ("mapo", {"log_ratio": {"form": "four_term"}}, r"log_ratio\.form: .*'mapo' needs 'denoising'"),
+        ("mapo", {"loss": {"link_scale": None}}, r"loss\.link_scale: .*'mapo' needs it"),
+        ("mapo", {"loss": {"margin_scale": None}}, r"loss\.margin_scale: .*'mapo' needs it"),
+        ("dspo", {"loss": {"link_scale": 1.0}}, r"loss\.link_scale: only loss\.kind 'mapo'"),
+        ("dspo", {"loss": {"margin_scale": 1.0}}, r"loss\.margin_scale: only loss\.kind 'mapo'"),
+        ("dspo", {"timesteps": "all", "trajectory": {"steps": 5}}, r"timesteps: .*'dspo' needs 'single'"),
+        ("dspo", {"log_ratio": {"weight": "inverse_2alpha"}}, r"log_ratio\.weight: .*'dspo'"),
+        ("dspo", {"log_ratio": {"over_timesteps": "sum"}}, r"log_ratio\.over_timesteps: .*'dspo'"),
+        ("inversion_dpo_paper", {"loss": {"kind": "dspo"}}, r"log_ratio\.form: .*'dspo' needs 'four_term'"),
     ],
 )
 def test_slots_that_do_not_fit_are_named(method, changes, message):

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 from conftest import tiny_pairs_frame
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from invdpo.config import StudyConfig
 from invdpo.errors import InvdpoError
-from invdpo.preferences.cache import load_cache, prepare, square
-from invdpo.preferences.labels import flips
+from invdpo.preferences.cache import cache_key, load_cache, prepare, square
+from invdpo.preferences.labels import flips, strengths
 from invdpo.preferences.reader import Counts, check_columns, find_files, read_pairs
 
 CPU = torch.device("cpu")
+FOLDER = Path("results/tiny/preferences")
+PICKSCORE = Path(__file__).parents[2] / "assets" / "shapes" / "scorers" / "pickscore"
+SMPO = {"smpo": {"method": "smpo"}}
 MakeStudy = Callable[..., StudyConfig]
 
 
@@ -197,3 +202,77 @@ def test_label_controls() -> None:
     assert torch.equal(shuffled, flips("shuffled", 10_000, 3))
     assert not torch.equal(shuffled, flips("shuffled", 10_000, 4))
     assert abs(shuffled.float().mean() - 0.5) < 0.02  # four standard errors
+
+
+def test_pairs_are_scored_only_for_an_arm_that_needs_it(tiny_study: MakeStudy, tiny_pairs: Path) -> None:
+    from invdpo.scorers.pickscore import PickScore
+
+    scorers = {"pickscore": {"model": str(PICKSCORE)}}
+    report = prepare(tiny_study(scorers=scorers), CPU)
+    assert "pickscore_range" not in report and "scores" not in load_file(FOLDER / "cache.safetensors")
+    report = prepare(tiny_study(scorers=scorers, arms=SMPO), CPU)
+    cache, pairs = load_cache(FOLDER, CPU, scored=True), pd.read_parquet(tiny_pairs).to_dict(orient="records")
+    assert cache.scores is not None and cache.scores.shape == (10, 2)
+    assert report["pickscore_range"] == [float(cache.scores.min()), float(cache.scores.max())]
+    scorer = PickScore(str(PICKSCORE), CPU)
+    for row in (0, 2):  # image 0 won the first pair, image 1 the third
+        order = ("jpg_0", "jpg_1") if row == 0 else ("jpg_1", "jpg_0")
+        images = [Image.open(io.BytesIO(pairs[row][name])).convert("RGB") for name in order]
+        expected = torch.from_numpy(scorer.score(images, [pairs[row]["caption"]] * 2)["pickscore"])
+        torch.testing.assert_close(cache.scores[row], expected, rtol=1e-5, atol=1e-6)
+    assert (cache.scores[:, 0] - cache.scores[:, 1]).abs().min() > 1e-4  # so that the order above is seen
+
+
+def test_the_scorers_weights_are_part_of_what_a_scored_cache_is(tmp_path: Path, tiny_study: MakeStudy) -> None:
+    plain = prepare(tiny_study(), CPU)
+    shutil.copytree(PICKSCORE, tmp_path / "pickscore")
+    study = tiny_study(scorers={"pickscore": {"model": "pickscore"}}, arms=SMPO)
+    first = prepare(study, CPU)
+    written = (FOLDER / "cache.safetensors").stat().st_mtime_ns
+    assert prepare(study, CPU) == first
+    assert (FOLDER / "cache.safetensors").stat().st_mtime_ns == written
+    keys, scores = (cache_key(FOLDER), cache_key(FOLDER, scored=True)), load_cache(FOLDER, CPU, scored=True).scores
+    weights = tmp_path / "pickscore" / "model.safetensors"
+    save_file({name: value * 1.01 for name, value in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    second = prepare(study, CPU)
+    assert keys == (plain["key"], first["key"]) == (cache_key(FOLDER), first["key"])
+    assert cache_key(FOLDER, scored=True) == second["key"] and len({plain["key"], first["key"], second["key"]}) == 3
+    cache = load_cache(FOLDER, CPU, scored=True)
+    assert cache.key == second["key"] and scores is not None and cache.scores is not None
+    assert not torch.equal(cache.scores, scores)
+    assert load_cache(FOLDER, CPU).scores is None and load_cache(FOLDER, CPU).key == plain["key"]
+
+
+def test_strengths_without_a_scorer_name_it_and_the_arm(tiny_study: MakeStudy, tiny_cache: Path) -> None:
+    with pytest.raises(InvdpoError, match=r"The arm `smpo` of study `tiny`.*no `scorers\.pickscore`"):
+        prepare(tiny_study(arms=SMPO), CPU)
+    assert not FOLDER.exists()
+    with pytest.raises(InvdpoError, match="holds no PickScores"):
+        load_cache(tiny_cache, CPU, scored=True)
+
+
+def test_a_scorer_that_tells_no_image_from_another_is_refused(
+    tiny_study: MakeStudy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Indifferent:
+        version = "pickscore:0:none"
+
+        def __init__(self, *_: Any, **__: Any) -> None: ...
+
+        def score(self, images: list[Image.Image], prompts: list[str]) -> dict[str, Any]:
+            return {"pickscore": np.full(len(images), 0.25, dtype=np.float32)}
+
+    monkeypatch.setattr("invdpo.scorers.pickscore.PickScore", Indifferent)
+    with pytest.raises(InvdpoError, match=r"`scorers\.pickscore` gives every image of .* the score 0\.25"):
+        prepare(tiny_study(scorers={"pickscore": {"model": "any"}}, arms=SMPO), CPU)
+    assert not (FOLDER / "cache.safetensors").exists()
+
+
+def test_strength_is_the_scorers_preference_beyond_a_coin() -> None:
+    scores = torch.tensor([[0.2820, 0.1154], [0.20, 0.22], [0.21, 0.21]], dtype=torch.float64)
+    scaled = (scores - 0.1154) / (0.2820 - 0.1154)  # as SmPO's code, whose constants these scores span
+    expected = 2 * torch.softmax(scaled, dim=1)[:, 0] - 1
+    torch.testing.assert_close(strengths(scores), expected)
+    assert expected[0] > 0 > expected[1] and expected[2] == 0
+    torch.testing.assert_close(strengths(scores.flip(1)), -strengths(scores))
+    torch.testing.assert_close(strengths(7 * scores - 3), strengths(scores))  # whatever a scorer's units

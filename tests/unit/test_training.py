@@ -19,13 +19,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from invdpo import objectives
 from invdpo.backbones import sd15
 from invdpo.config import StudyConfig, dump_study
 from invdpo.errors import InvdpoError
-from invdpo.preferences.cache import load_cache
+from invdpo.preferences.cache import cache_key, load_cache
+from invdpo.preferences.labels import flips, strengths
 from invdpo.training import loop
 from invdpo.training.data import draw, pair_order
 from invdpo.training.optim import warmed_up
@@ -35,13 +36,24 @@ MakeStudy = Callable[..., StudyConfig]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
+SCORES = torch.tensor([0.20, 0.23, 0.21, 0.19, 0.22, 0.20, 0.24, 0.18, 0.21, 0.25])  # of winners, losers in reverse
+
+
+def save_scored(folder: Path, key: str, scored_key: str) -> None:
+    """Add PickScores to a cache, under those keys."""
+    path = folder / "cache.safetensors"
+    tensors = load_file(path) | {"scores": torch.stack([SCORES, SCORES.flip(0)], dim=1)}
+    save_file(tensors, path, metadata={"key": key, "scored_key": scored_key})
+
+
 @pytest.fixture
 def study_with_cache(tiny_study: MakeStudy, tiny_cache: Path) -> MakeStudy:
-    """As `tiny_study`, the pairs already encoded."""
+    """As `tiny_study`, the pairs already encoded and scored."""
 
     def make(**changes: Any) -> StudyConfig:
         study = tiny_study(**changes)
         shutil.copytree(tiny_cache, study.root / "preferences", dirs_exist_ok=True)
+        save_scored(study.root / "preferences", cache_key(tiny_cache), "scored")
         return study
 
     return make
@@ -83,12 +95,14 @@ def without_cost(row: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in row.items() if key not in ("seconds", "memory_bytes")}
 
 
+SMPO = {"method": "smpo", "recipe": {"trajectory": {"steps": 3}}}
 METHODS = sorted(path.stem for path in (Path(__file__).parents[2] / "config" / "methods").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_two_steps_of_every_recipe(study_with_cache: MakeStudy, method: str) -> None:
-    small = {} if method in ("sft", "diffusion_dpo") else {"trajectory": {"steps": 3}}
+    published = objectives.load_recipe(method)
+    small = {} if published.trajectory.steps is None else {"trajectory": {"steps": 3}}
     arm = {"method": method, "recipe": small, "training": {"steps": 2, "batch": 2, "chunk": 4}}
     study = study_with_cache(arms={"arm": arm})
     train(study, "arm")
@@ -101,6 +115,11 @@ def test_two_steps_of_every_recipe(study_with_cache: MakeStudy, method: str) -> 
         assert found[0]["grad_norm"] == 0  # Eq. 16 is even in the difference of policy and reference
     elif method != "inversion_dpo_code":  # whose half-precision reference makes it what rounding makes it
         assert found[0]["grad_norm"] > 0
+    if (
+        published.log_ratio.form == "four_term" and method != "inversion_dpo_exact"
+    ):  # whose reference rounds differently
+        assert found[0]["implicit_accuracy"] == 0.5 and found[0]["logratio_win"] == found[0]["logratio_lose"] == 0
+        assert found[1]["logratio_win"] != 0 and found[1]["logratio_lose"] != 0
     run = json.loads((out("arm") / "run.json").read_text())
     assert run["config_hash"] == study.arm("arm").hash and run["steps"] == 2 and run["seed"] == 0
     assert run["unet_evals"] == found[1]["unet_evals"] and run["recipe"]["name"] == method
@@ -132,9 +151,28 @@ def test_loss_and_accuracy_start_where_policy_and_reference_are_equal(study_with
     assert row["logratio_win"] == row["logratio_lose"] == 0
 
 
-def test_a_preference_that_is_there_is_learnt(study_with_cache: MakeStudy) -> None:
-    from safetensors.torch import save_file
+def test_without_a_reference_the_log_tells_how_well_each_image_is_denoised(study_with_cache: MakeStudy) -> None:
+    arm = {"method": "mapo", "training": {"steps": 1, "batch": 10}}
+    study = study_with_cache(arms={"arm": arm})
+    train(study, "arm")
+    (row,) = rows("arm")
+    cache, schedule = load_cache(study.root / "preferences", CPU), sd15.load_schedule(study.base)
+    base = sd15.UNetEps(sd15.load_unet(study.base, CPU))
+    pairs = pair_order(0, 1, 10, 10)
+    batch = draw(cache, torch.zeros(10, dtype=torch.bool), pairs, 0, 1, 0, 0.0)
+    drawn = [(torch.randint(1000, (1,), generator=g), torch.randn((1, 4, 4, 4), generator=g)) for g in batch.generators]
+    t, noise = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+    with torch.no_grad():
+        win, lose = (
+            (base(schedule.add_noise(x0, noise, t), t, batch.cond) - noise).square().mean(dim=(1, 2, 3))
+            for x0 in (batch.x0_win, batch.x0_lose)
+        )
+    assert row["logratio_win"] == pytest.approx(-float(win.mean()), rel=1e-5)
+    assert row["logratio_lose"] == pytest.approx(-float(lose.mean()), rel=1e-5)
+    assert row["implicit_accuracy"] == pytest.approx(float((win < lose).float().mean()))
 
+
+def test_a_preference_that_is_there_is_learnt(study_with_cache: MakeStudy) -> None:
     study = study_with_cache(
         training={"steps": 30, "batch": 10, "learning_rate": 3.0e-4, "beta": 50.0, "checkpoints": []}
     )
@@ -244,7 +282,7 @@ def gradient_of_first_step(study: StudyConfig, arm: str = "dpo") -> tuple[torch.
         base,
         torch.optim.SGD(policy.parameters(), lr=0.0),
         sd15.load_schedule(study.base),
-        load_cache(study.root / "preferences", CPU),
+        load_cache(study.root / "preferences", CPU, scored=True),
         torch.float32,
         loop.state.Progress(),
     )
@@ -262,6 +300,9 @@ def gradient_of_first_step(study: StudyConfig, arm: str = "dpo") -> tuple[torch.
         {"method": "sft"},
         {"method": "p_single", "recipe": {"trajectory": {"steps": 4}}},
         {"method": "inversion_dpo_implied", "recipe": {"trajectory": {"steps": 3}}},
+        SMPO,
+        {"method": "mapo"},
+        {"method": "dspo"},
     ],
     ids=lambda arm: arm["method"],
 )
@@ -314,12 +355,84 @@ def test_caption_dropout_gives_the_empty_prompt(tiny_cache: Path) -> None:
     assert torch.equal(always.cond.embeds, cache.uncond.expand_as(always.cond.embeds))
 
 
-def test_label_controls_reach_the_gradient(study_with_cache: MakeStudy) -> None:
-    arms = {"swapped": {"method": "diffusion_dpo", "labels": "swapped"}}
-    study = study_with_cache(arms=arms, training={"beta": 0.01})  # so small that every pair has half its weight
-    true, _ = gradient_of_first_step(study)
+@pytest.mark.parametrize("arm", [{"method": "diffusion_dpo"}, SMPO], ids=lambda arm: arm["method"])
+def test_label_controls_reach_the_gradient(study_with_cache: MakeStudy, arm: dict[str, Any]) -> None:
+    arms = {"true": arm, "swapped": {**arm, "labels": "swapped"}}
+    study = study_with_cache(arms=arms, training={"beta": 0.01})  # so small that no pair's weight depends on its loss
+    true, _ = gradient_of_first_step(study, "true")
     swapped, _ = gradient_of_first_step(study, "swapped")
+    assert true.norm() > 0
     assert torch.nn.functional.cosine_similarity(true, swapped, dim=0) < -0.99
+
+
+@pytest.mark.parametrize("labels", ["true", "shuffled", "swapped"])
+def test_strengths_stay_with_their_pairs_whatever_the_labels(
+    study_with_cache: MakeStudy, monkeypatch: pytest.MonkeyPatch, labels: str
+) -> None:
+    """The latents change places and the strengths keep their sign: if both changed, nothing would."""
+    arm = {**SMPO, "labels": labels, "training": {"micro_batch": 2}}
+    study = study_with_cache(arms={"arm": arm}, training={"batch": 10})
+    real, told = objectives.backward, []
+
+    def listening(*arguments: Any, **options: Any) -> objectives.LossOutput:
+        told.append((arguments[3], options["strength"]))
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(objectives, "backward", listening)
+    gradient_of_first_step(study, "arm")
+    x0_win, strength = (torch.cat(parts) for parts in zip(*told, strict=True))
+    cache, pairs = load_cache(study.root / "preferences", CPU, scored=True), pair_order(0, 1, 10, 10)
+    assert len(told) == 5 and cache.scores is not None
+    assert torch.equal(strength, strengths(cache.scores)[pairs])
+    assert strength.min() < 0 < strength.max()
+    flipped = flips(study.arm("arm").labels, 10, 0)
+    assert torch.equal(x0_win, draw(cache, flipped, pairs, 0, 1, 0, 0.0).x0_win)
+    assert int(flipped.sum()) == {"true": 0, "swapped": 10}.get(labels, int(flipped.sum()))
+
+
+def test_strengths_need_a_scored_cache(study_with_cache: MakeStudy, tiny_cache: Path) -> None:
+    study = study_with_cache(arms={"arm": SMPO})
+    shutil.copytree(tiny_cache, study.root / "preferences", dirs_exist_ok=True)
+    with pytest.raises(InvdpoError, match="holds no PickScores.* Run `invdpo prepare"):
+        train(study, "arm")
+    train(study, "dpo")
+
+
+def test_another_scorer_starts_only_runs_with_strengths_again(study_with_cache: MakeStudy) -> None:
+    study = study_with_cache(training={"steps": 1}, arms={"arm": SMPO})
+    started = []
+    for scored_key in ("one scorer", "another"):
+        save_scored(study.root / "preferences", "pairs", scored_key)
+        shutil.rmtree("results/tiny/runs", ignore_errors=True)  # as Snakemake does when an input changed
+        for arm in ("dpo", "arm"):
+            train(study, arm)
+            run = json.loads((out(arm) / "run.json").read_text())
+            started.append((run["started"], run["data_key"]))
+    assert started[0] == started[2] and started[0][1] == "pairs"
+    assert started[1][0] < started[3][0] and [started[1][1], started[3][1]] == ["one scorer", "another"]
+
+
+def test_kto_is_not_cut_into_micro_batches(study_with_cache: MakeStudy) -> None:
+    cut = {"method": "diffusion_kto", "training": {"micro_batch": 2}}
+    whole = {"method": "diffusion_kto", "training": {"micro_batch": 4, "steps": 1}}
+    study = study_with_cache(arms={"cut": cut, "whole": whole})
+    with pytest.raises(InvdpoError, match=r"`arms\.cut`: `training\.micro_batch` is 2 and `training\.batch` is 4.*kto"):
+        train(study, "cut")
+    assert not Path("results/tiny/state/cut").exists()
+    train(study, "whole")
+    assert len(rows("whole")) == 1
+
+
+def test_the_reference_is_told_its_timesteps_in_the_recipes_type(study_with_cache: MakeStudy) -> None:
+    """Told 668 for 667, which bfloat16 lacks, the reference differs from the policy, and Eq. 16 has a gradient."""
+    arm = {"method": "inversion_dpo_paper", "recipe": {"trajectory": {"steps": 3}}, "training": {"steps": 1}}
+    rounded = {**arm, "recipe": {**arm["recipe"], "reference_label_dtype": "bfloat16"}}
+    study = study_with_cache(arms={"exact": arm, "rounded": rounded})
+    norms = []
+    for name in ("exact", "rounded"):
+        train(study, name)
+        norms.append(rows(name)[0]["grad_norm"])
+    assert norms[0] == 0 < norms[1]
 
 
 def test_warm_up() -> None:
@@ -407,8 +520,6 @@ def test_unfinished_state_of_another_configuration_is_not_resumed(
 
 
 def test_changed_pairs_start_a_run_again(study_with_cache: MakeStudy, caplog: pytest.LogCaptureFixture) -> None:
-    from safetensors.torch import save_file
-
     study = study_with_cache()
     train(study)
     path = study.root / "preferences" / "cache.safetensors"

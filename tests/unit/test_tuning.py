@@ -30,6 +30,19 @@ def test_every_method_gets_the_same_grid(study: StudyConfig) -> None:
         assert not any(point.tuned for point in points.values())
 
 
+@pytest.mark.parametrize(
+    ("method", "varied"),
+    [("diffusion_kto", True), ("mapo", True), ("dspo", True), ("smpo", True), ("sft", False)],
+)
+def test_beta_is_varied_for_every_loss_that_has_one(method: str, varied: bool) -> None:
+    data = read_yaml(SHAPES)
+    data["arms"] |= {"arm": {"method": method}}
+    data["tuning"] |= {"arms": ["arm"], "learning_rate": [1.0e-5, 1.0e-4], "beta": [20.0, 100.0]}
+    points = tuning.grid(parse_study(data, "shapes.yaml"), "arm")
+    assert {point.training.get("beta") for point in points.values()} == ({20.0, 100.0} if varied else {None})
+    assert len(points) == (4 if varied else 2)
+
+
 def test_a_point_keeps_what_its_arm_sets(study: StudyConfig) -> None:
     points = tuning.grid(study, "inversion_dpo_implied")
     name, point = next(iter(points.items()))

@@ -2,26 +2,41 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from invdpo.inversion.solver import Solver, State, predict
 from invdpo.schedule import NoiseSchedule
 from invdpo.types import Conditioning, EpsModel
-
-# Calls of the network that one step makes.
-CALLS = 1
 
 
 def step(
     eps_model: EpsModel,
-    x: Tensor,
+    state: State,
     cond: Conditioning | None,
     schedule: NoiseSchedule,
     t_prev: int,
     t: int,
     label: int,
-) -> tuple[Tensor, Tensor]:
-    """x (B,C,H,W) at level t_prev -> (x at level t, the eps used); the network is told `label`."""
-    labels = torch.full((len(x),), label, dtype=torch.int64, device=x.device)
-    eps = eps_model(x, labels, cond).to(x.dtype)
-    return schedule.ddim_inverse_step(x, eps, t_prev, t), eps
+) -> tuple[State, Tensor]:
+    """From x_{t-1} to x_t along eps(x_{t-1}, label)."""
+    (x,) = state
+    eps = predict(eps_model, x, label, cond)
+    return (schedule.ddim_inverse_step(x, eps, t_prev, t),), eps
+
+
+def back(
+    eps_model: EpsModel,
+    state: State,
+    cond: Conditioning | None,
+    schedule: NoiseSchedule,
+    t: int,
+    t_prev: int,
+) -> tuple[State, Tensor]:
+    """From x_t to x_{t-1} along eps(x_t, t): DDIM sampling, which every inverter without a sampler of its own
+    aims at."""
+    (x,) = state
+    eps = predict(eps_model, x, t, cond)
+    return (schedule.ddim_step(x, eps, t, t_prev),), eps
+
+
+SOLVER = Solver("ddim", step, back, calls=1, calls_back=1)

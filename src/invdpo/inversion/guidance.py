@@ -33,3 +33,25 @@ def guided(eps_model: EpsModel, guidance_scale: float) -> EpsModel:
         return uncond + guidance_scale * (conditional - uncond)
 
     return model
+
+
+def two_model_guidance(conditional: EpsModel, unconditional: EpsModel, guidance_scale: float) -> EpsModel:
+    """Guidance whose two halves come from two models: u + s (c - u), u the unconditional model's prediction for
+    `cond.uncond` and c the conditional model's for the prompt; s = 1 is the conditional model alone.
+
+    Diffusion-NPO samples so, with the weights trained towards losers as `unconditional` (gen_xl.py, the pipeline's
+    negative_unet). Raises InvdpoError, when called, if s differs from 1 and the conditioning has no `uncond`.
+    """
+
+    def model(x: Tensor, t: Tensor, cond: Conditioning | None) -> Tensor:
+        if guidance_scale == 1:
+            return conditional(x, t, None if cond is None else cond.without_uncond())
+        if cond is None or cond.uncond is None:
+            raise InvdpoError(
+                f"guidance with two models and scale {guidance_scale:g}: the conditioning has no unconditional half; "
+                "give Conditioning.uncond (the empty prompt), or set the scale to 1"
+            )
+        uncond = unconditional(x, t, cond.uncond.without_uncond())
+        return uncond + guidance_scale * (conditional(x, t, cond.without_uncond()) - uncond)
+
+    return model

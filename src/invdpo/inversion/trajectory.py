@@ -3,33 +3,40 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import ModuleType
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from invdpo.errors import InvdpoError
-from invdpo.inversion import ddim
+from invdpo.inversion import ddim, dpm_solver, edict, fixed_point, renoise
 from invdpo.inversion.guidance import evaluations, guided
+from invdpo.inversion.solver import Label, Solver
 from invdpo.schedule import NoiseSchedule
 from invdpo.types import Conditioning, EpsModel, select
 
-# Which timestep the network is told when it sees x_{t-1}: t ("next": diffusers' DDIMInverseScheduler and the
-# released code, train_ddim.py:496-505) or t-1 ("previous": the paper's Eq. 9).
-Label = Literal["next", "previous"]
-
-SOLVERS: dict[str, ModuleType] = {"ddim": ddim}
+SOLVERS: dict[str, Solver] = {
+    "ddim": ddim.SOLVER,
+    "dpm_solver": dpm_solver.SOLVER,
+    "edict": edict.SOLVER,
+    "fixed_point": fixed_point.SOLVER,
+    "renoise": renoise.SOLVER,
+}
 
 
 @dataclass(frozen=True)
 class Trajectory:
-    """latents (N+1,B,C,H,W) from x_0 to x_T; timesteps (N,) of latents[1:]; eps (N,B,C,H,W) as used by each step."""
+    """latents (N+1,B,C,H,W) from x_0 to x_T; timesteps (N,) of latents[1:]; eps (N,B,C,H,W) of each step.
+
+    eps is what the step moved the latent along: a DDIM step with eps[i] maps latents[i+1] back to latents[i] for
+    every solver but edict. It is a prediction at latents[i] for ddim alone. partner (B,C,H,W): for edict the second
+    latent of the pair at x_T, without which sampling does not retrace the inversion; latents are the first.
+    """
 
     latents: Tensor
     timesteps: Tensor
     eps: Tensor
     unet_evals: int
+    partner: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -50,28 +57,30 @@ def invert(
     cond: Conditioning | None,
     schedule: NoiseSchedule,
     steps: int,
-    solver: str = "ddim",
+    solver: str | Solver = "ddim",
     guidance_scale: float = 1.0,
     label: Label = "next",
 ) -> Trajectory:
     """The trajectory x_0 … x_T of x0 (B,C,H,W) on the grid of `steps` timesteps, without gradient, in x0's dtype.
 
-    Raises InvdpoError for an unknown solver, an impossible number of steps, guidance without `cond.uncond`, or a
-    non-finite noise prediction.
+    solver: a name in SOLVERS, or a Solver built with other numbers than its default. Raises InvdpoError for an
+    unknown solver, a label that the solver has no meaning for, an impossible number of steps, guidance without
+    `cond.uncond`, or a non-finite noise prediction.
     """
-    run = _solver(solver)
+    run = checked_solver(solver, label)
     model = guided(eps_model, guidance_scale)
     schedule = schedule.to(x0.device)
     grid = schedule.timesteps(steps)
+    state = (x0, x0) if run.coupled else (x0,)
     latents, eps = [x0], []
     for t_prev, t, told in plan(schedule, steps, label):
-        x, e = run.step(model, latents[-1], cond, schedule, t_prev, t, told)
-        latents.append(x)
+        state, e = run.step(model, state, cond, schedule, t_prev, t, told)
+        latents.append(state[0])
         eps.append(e)
     stacked = torch.stack(eps)
-    _check_finite(torch.isfinite(stacked).flatten(1).all(dim=1), grid)
-    evals = steps * len(x0) * run.CALLS * evaluations(guidance_scale)
-    return Trajectory(torch.stack(latents), grid, stacked, evals)
+    check_finite(torch.isfinite(stacked).flatten(1).all(dim=1), grid, "inverting")
+    evals = steps * len(x0) * run.calls * evaluations(guidance_scale)
+    return Trajectory(torch.stack(latents), grid, stacked, evals, state[-1] if run.coupled else None)
 
 
 @torch.no_grad()
@@ -82,7 +91,7 @@ def invert_to(
     schedule: NoiseSchedule,
     index: Tensor,
     steps: int,
-    solver: str = "ddim",
+    solver: str | Solver = "ddim",
     guidance_scale: float = 1.0,
     label: Label = "next",
 ) -> Arrival:
@@ -91,7 +100,7 @@ def invert_to(
     With uniform indices this costs half of `invert` on average. Raises as `invert` does, and for an
     index outside the grid.
     """
-    run = _solver(solver)
+    run = checked_solver(solver, label)
     model = guided(eps_model, guidance_scale)
     schedule = schedule.to(x0.device)
     grid = schedule.timesteps(steps)
@@ -101,15 +110,17 @@ def invert_to(
     # Farthest first: those still under way are always the first rows.
     order = torch.argsort(index, descending=True, stable=True)
     x, cond = x0[order.to(x0.device)], select(cond, order)
+    state = (x, x) if run.coupled else (x,)
     arrived, finite, evals = [], [], 0
     for i, (t_prev, t, told) in enumerate(plan(schedule, steps, label)[: int(index.max())], start=1):
-        x_next, eps = run.step(model, x, cond, schedule, t_prev, t, told)
-        evals += len(x) * run.CALLS * evaluations(guidance_scale)
+        x = state[0]
+        state, eps = run.step(model, state, cond, schedule, t_prev, t, told)
+        evals += len(x) * run.calls * evaluations(guidance_scale)
         finite.append(torch.isfinite(eps).all())
         going = int((index > i).sum())
-        arrived.append((x_next[going:], x[going:], eps[going:]))
-        x, cond = x_next[:going], select(cond, torch.arange(going))
-    _check_finite(torch.stack(finite), grid)
+        arrived.append((state[0][going:], x[going:], eps[going:]))
+        state, cond = tuple(part[:going] for part in state), select(cond, torch.arange(going))
+    check_finite(torch.stack(finite), grid, "inverting")
     back = torch.argsort(order).to(x0.device)
     latents, previous, eps = (torch.cat(parts[::-1])[back] for parts in zip(*arrived, strict=True))
     return Arrival(latents, grid[index.to(grid.device) - 1], previous, eps, evals)
@@ -122,18 +133,30 @@ def plan(schedule: NoiseSchedule, steps: int, label: Label) -> list[tuple[int, i
     return [(t_prev, t, t if label == "next" else max(t_prev, 0)) for t_prev, t in levels]
 
 
-def _solver(name: str) -> ModuleType:
-    if name not in SOLVERS:
-        raise InvdpoError(f"trajectory.solver is {name!r}; known solvers: {', '.join(sorted(SOLVERS))}")
-    return SOLVERS[name]
+def checked_solver(solver: str | Solver, label: Label | None = None) -> Solver:
+    """The solver of that name, under that label where one is given. Raises InvdpoError where there is none such."""
+    if isinstance(solver, str):
+        if solver not in SOLVERS:
+            raise InvdpoError(f"trajectory.solver is {solver!r}; known solvers: {', '.join(sorted(SOLVERS))}")
+        solver = SOLVERS[solver]
+    if label is not None and label not in solver.labels:
+        known = " or ".join(repr(known) for known in solver.labels)
+        raise InvdpoError(
+            f"trajectory.label is {label!r}, but trajectory.solver {solver.name!r} is defined for {known} alone: set "
+            f"trajectory.label to {known}, or choose another trajectory.solver"
+        )
+    return solver
 
 
-def _check_finite(finite: Tensor, grid: Tensor) -> None:
-    """finite (n,) bool, one a step taken. Looked at once a trajectory, so that a GPU never waits between its steps."""
+def check_finite(finite: Tensor, grid: Tensor, model: str) -> None:
+    """finite (n,) bool, one a step taken, at timesteps grid. Raises InvdpoError that names the first bad step.
+
+    Looked at once a trajectory, so that a GPU never waits between its steps.
+    """
     if not bool(finite.all()):
         step = int((~finite).nonzero()[0])
         raise InvdpoError(
-            f"trajectory: the inverting model predicted a non-finite noise in step {step + 1} (timestep "
+            f"trajectory: the {model} model predicted a non-finite noise in step {step + 1} (timestep "
             f"{int(grid[step])}); check its weights, use a wider reference_dtype, "
             "or a trajectory.guidance_scale nearer 1"
         )

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from invdpo.errors import InvdpoError
 from invdpo.inversion import guided
 from invdpo.inversion.guidance import evaluations
+from invdpo.objectives import pair_losses
 from invdpo.objectives.points import Points, as_list, comparison_guidance, make_points
 from invdpo.objectives.recipe import Recipe
 from invdpo.schedule import NoiseSchedule, widen
@@ -21,8 +21,9 @@ from invdpo.types import Conditioning, EpsModel, select
 @dataclass(frozen=True)
 class LossOutput:
     """loss: 0-d mean over pairs. logratio_win, logratio_lose (B,): the surrogate log p_theta - log p_ref before beta
-    (lose is None for winner-only losses). unet_evals: a forward pass of one latent counts 1, its backward pass 2
-    more."""
+    of the images passed as winners and losers, whatever the recipe reverses (minus the denoising error where the
+    recipe has no reference; lose is None for winner-only losses). unet_evals: a forward pass of one latent counts 1,
+    its backward pass 2 more."""
 
     loss: Tensor
     logratio_win: Tensor
@@ -41,6 +42,7 @@ class Batch:
     points: Points
     pairs: int
     rows: int
+    strength: Tensor | None
 
     def policy_evals(self) -> int:
         """UNet evaluations of one forward pass of the policy over every point."""
@@ -62,6 +64,7 @@ def prepare(
     schedule: NoiseSchedule,
     generator: torch.Generator | Sequence[torch.Generator],
     chunk: int | None,
+    strength: Tensor | None,
 ) -> Batch:
     """Every draw and every network call that needs no gradient."""
     pairs = len(x0_win)
@@ -74,6 +77,8 @@ def prepare(
         raise InvdpoError(f"preference loss: winners are {tuple(x0_win.shape)}, losers {got}; they must be alike")
     else:
         x0 = torch.cat([x0_win, x0_lose])
+    strength = _checked(strength, pairs, recipe.name) if recipe.loss.weight_by_strength else None
+    reference = _told_in(recipe.reference_label_dtype, reference)
     schedule = schedule.to(x0.device)
     if recipe.trajectory.steps_offset is not None:
         schedule = schedule.with_offset(recipe.trajectory.steps_offset)
@@ -84,7 +89,32 @@ def prepare(
     if comparison_guidance(recipe) == 1 and cond is not None:
         cond = cond.without_uncond()
     guidance = comparison_guidance(recipe)
-    return Batch(recipe, guided(policy, guidance), guided(reference, guidance), cond, points, pairs, len(x0))
+    return Batch(recipe, guided(policy, guidance), guided(reference, guidance), cond, points, pairs, len(x0), strength)
+
+
+def _checked(strength: Tensor | None, pairs: int, name: str) -> Tensor:
+    if strength is None:
+        raise InvdpoError(
+            f"recipe {name!r}: loss.weight_by_strength needs the pairs' preference strengths: pass `strength`, (B,) "
+            "values 2p - 1 in [-1, 1] (1 for a plain winner), or set loss.weight_by_strength to false"
+        )
+    if strength.shape != (pairs,) or not bool((strength.abs() <= 1).all()):
+        raise InvdpoError(
+            f"recipe {name!r}: strength must be {pairs} numbers in [-1, 1], one a pair, got shape "
+            f"{tuple(strength.shape)} and {strength.flatten()[:8].tolist()}"
+        )
+    return strength
+
+
+def _told_in(dtype: str, eps_model: EpsModel) -> EpsModel:
+    """The model told every timestep rounded to `dtype`, as `t.to(unet_dtype)` does (train_ddim.py:420)."""
+    if dtype == "float32":
+        return eps_model
+
+    def model(x: Tensor, t: Tensor, cond: Conditioning | None) -> Tensor:
+        return eps_model(x, t.to(getattr(torch, dtype)).to(t.dtype), cond)
+
+    return model
 
 
 def squared_error(prediction: Tensor, target: Tensor, reduction: str) -> Tensor:
@@ -94,50 +124,58 @@ def squared_error(prediction: Tensor, target: Tensor, reduction: str) -> Tensor:
 
 
 def terms(batch: Batch, call: slice, with_reference: bool = True) -> Tensor:
-    """The unweighted log-ratio term of each point in `call`, (n,), differentiable in the policy.
+    """The unweighted terms of each point in `call`, (S,n), differentiable in the policy. Row 0 is the log-ratio's; DSPO
+    adds the policy's error, the reference's, and the distance between the two predictions.
 
-    with_reference=False leaves the reference's share out: a constant, which no gradient needs.
+    with_reference=False leaves the reference's share out of the log-ratio: a constant, which no gradient needs.
     """
     spec, points = batch.recipe.log_ratio, batch.points
     x, t, target = points.x[call], points.t[call], points.target[call]
     cond = select(batch.cond, torch.arange(call.start, call.stop) % batch.rows)
-    error = squared_error(batch.policy(x, t, cond), target, spec.reduction)
-    if spec.form == "two_term":
-        return error if spec.sign == "+" else -error
+    prediction = batch.policy(x, t, cond)
+    error = squared_error(prediction, target, spec.reduction)
+    if batch.recipe.loss.kind == "dspo":
+        assert points.reference is not None  # made with the points
+        reference_error = squared_error(points.reference[call], target, spec.reduction)
+        distance = squared_error(prediction, points.reference[call], spec.reduction)
+        return torch.stack([spec.scale * (reference_error - error), error, reference_error, distance])
+    ratio = error if spec.form == "two_term" and spec.sign == "+" else -error
     if spec.form == "four_term" and with_reference:
         with torch.no_grad():
             known = points.reference
             eps_ref = batch.reference(x, t, cond) if known is None else known[call]
             reference_error = squared_error(eps_ref, target, spec.reduction)
-        error = error - reference_error
-    return -error
+        ratio = ratio + reference_error
+    return (spec.scale * ratio)[None]
 
 
-def log_ratios(batch: Batch, point_terms: Tensor) -> Tensor:
-    """The log-ratio of each latent, (R,), from the terms (K*R,) of all its points."""
+def measure(batch: Batch, point_terms: Tensor) -> Tensor:
+    """What the loss is a function of, (S,R): the terms (S,K*R) summed over each latent's points; row 0 holds the
+    log-ratios."""
     weight = batch.points.weight.to(point_terms.dtype)
-    weighted = batch.recipe.log_ratio.scale * weight * point_terms.view_as(weight)
+    weighted = weight * point_terms.view(-1, *weight.shape)
     # Winners and losers summed apart: a vectorised sum rounds by column, and swapping labels must swap exactly.
-    return torch.cat([part.contiguous().sum(dim=0) for part in weighted.split(batch.pairs, dim=1)])
+    return torch.cat([part.contiguous().sum(dim=1) for part in weighted.split(batch.pairs, dim=2)], dim=1)
 
 
-def pair_loss(recipe: Recipe, difference: Tensor) -> Tensor:
-    """DPO's loss of each pair, from its log-ratios' difference, winner minus loser (any shape): Rafailov et al. 2023,
-    Eq. 7.
-
-    With smoothing, the expectation under labels that are wrong that often (Mitchell 2023, conservative DPO).
-    """
-    s = recipe.beta * difference - recipe.loss.margin
-    smoothing = recipe.loss.label_smoothing
-    return -(1 - smoothing) * F.logsigmoid(s) - smoothing * F.logsigmoid(-s)
-
-
-def output(batch: Batch, ratios: Tensor, unet_evals: int) -> LossOutput:
-    """The loss and what is logged beside it, from the log-ratios (R,)."""
-    if batch.recipe.loss.kind == "winner_only":
-        return LossOutput(-ratios.mean(), ratios, None, unet_evals)
-    win, lose = ratios[: batch.pairs], ratios[batch.pairs :]
-    return LossOutput(pair_loss(batch.recipe, win - lose).mean(), win, lose, unet_evals)
+def output(batch: Batch, measured: Tensor, unet_evals: int) -> LossOutput:
+    """The loss and what is logged beside it, from what `measure` gave (S,R)."""
+    spec, beta = batch.recipe.loss, batch.recipe.beta
+    if spec.kind == "winner_only":
+        return LossOutput(-measured[0].mean(), measured[0], None, unet_evals)
+    win, lose = measured[:, : batch.pairs], measured[:, batch.pairs :]
+    better, worse = (lose, win) if spec.reversed else (win, lose)
+    if spec.kind == "kto":
+        assert spec.positive_share is not None  # the recipe is valid
+        loss = pair_losses.kto(better[0], worse[0], beta, spec.positive_share)
+    elif spec.kind == "mapo":
+        assert spec.link_scale is not None and spec.margin_scale is not None
+        loss = pair_losses.mapo(-better[0], -worse[0], beta, spec.link_scale, spec.margin_scale)
+    elif spec.kind == "dspo":
+        loss = pair_losses.dspo(better[0] - worse[0], better[1], better[2], better[3], beta)
+    else:
+        loss = pair_losses.dpo(better[0] - worse[0], beta, spec.label_smoothing, spec.margin, batch.strength)
+    return LossOutput(loss.mean(), win[0], lose[0], unet_evals)
 
 
 def preference_loss(
@@ -149,19 +187,30 @@ def preference_loss(
     cond: Conditioning | None,
     schedule: NoiseSchedule,
     generator: torch.Generator | Sequence[torch.Generator],
+    strength: Tensor | None = None,
 ) -> LossOutput:
     """The recipe's loss on B pairs of clean latents (B,C,H,W), differentiable in whatever the policy depends on.
 
-    cond has B rows (a pair shares its prompt). generator: one, or one a pair. Keeps the graph of every point alive;
-    `backward` gives the same gradient in constant memory. `unet_evals` counts the forward passes made here only.
-    The networks must accept x0's dtype; their predictions may come in another.
+    cond has B rows (a pair shares its prompt). generator: one, or one a pair. strength: (B,) in [-1, 1], 2p - 1 for a
+    probability p that the winner is the better one, 1 for a plain winner; used where loss.weight_by_strength says so.
+    Keeps the graph of every point alive; `backward` gives the same gradient in constant memory. `unet_evals` counts the
+    forward passes made here only. The networks must accept x0's dtype; their predictions may come in another.
+
+    Timesteps `single` and `subset` make each log-ratio, and so the loss's argument s, an unbiased estimate s' of the
+    value at `all`. The loss L of s' is then biased (Jensen's inequality), to leading order by L''(s) Var(s') / 2, which
+    is positive for DPO's -log sigmoid, and its gradient by the gradient of that term,
+    L''(s) Cov(s', grad s') + L'''(s) Var(s') grad s / 2. With K of N timesteps, Var(s') is (1 - K/N) / K times the
+    variance (N - 1 in its denominator) of s' at one timestep: both biases vanish as K goes to N.
+
+    Raises InvdpoError for winners and losers that are not alike, strengths that are missing or out of range, generators
+    that are not one a pair, guidance without `cond.uncond`, or a non-finite inversion.
     """
-    batch = prepare(recipe, policy, reference, x0_win, x0_lose, cond, schedule, generator, None)
+    batch = prepare(recipe, policy, reference, x0_win, x0_lose, cond, schedule, generator, None, strength)
     return full_graph(batch)
 
 
 def full_graph(batch: Batch) -> LossOutput:
     """The loss with every point's graph alive."""
-    point_terms = torch.cat([terms(batch, call) for call in batch.points.calls])
+    point_terms = torch.cat([terms(batch, call) for call in batch.points.calls], dim=1)
     evals = batch.points.unet_evals + batch.policy_evals() + batch.reference_evals()
-    return output(batch, log_ratios(batch, point_terms), evals)
+    return output(batch, measure(batch, point_terms), evals)

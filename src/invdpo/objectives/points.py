@@ -23,7 +23,7 @@ class Points:
 
     x, target (K*R,C,H,W); t (K*R,) the timestep told to the networks; weight (K,R) with the average or sum over the
     grid included; calls: the slices of K*R that go through a network together. reference: eps_ref at the points, where
-    a four-term log-ratio finds it already known.
+    a four-term log-ratio finds it already known or a loss needs it more than once.
     """
 
     x: Tensor
@@ -66,37 +66,38 @@ def make_points(
 ) -> Points:
     """The points of x0 (R,C,H,W), R = B or 2B latents of the B pairs that `generators` has one entry for.
 
-    A pair's winner and loser share their timesteps and forward noise (Diffusion-DPO train.py:1053-1055), drawn from
-    the pair's generator alone, first the timesteps and then the noise: results do not depend on micro-batching.
+    A pair's winner and loser share their timesteps and forward noise (Diffusion-DPO train.py:1053-1055) unless
+    pair_draws is `independent` (the winner's are then drawn first). All come from the pair's generator alone, first the
+    timesteps and then the noise: results do not depend on micro-batching.
     """
-    pairs, rows = len(generators), len(x0)
+    rows = len(x0)
     levels = _levels(recipe, schedule)
     index, noise = _draw(recipe, len(levels), x0, generators)
-    index = index.repeat(1, rows // pairs)  # (K,R)
     t = levels[index]
     weight = _weight(recipe, schedule, t, len(levels))
     calls = _calls(recipe, len(t), rows, chunk)
     clean = x0.repeat(len(t), *[1] * (x0.ndim - 1))
     if recipe.trajectory.kind == "forward":
-        noise = noise.repeat(1, rows // pairs, *[1] * (x0.ndim - 1)).flatten(0, 1)
-        return Points(schedule.add_noise(clean, noise, t.flatten()), t.flatten(), noise, weight, calls, 0)
-    inverter = policy if recipe.trajectory.model == "policy" else reference
-    inverted = _one_point if recipe.timesteps == "single" else _points_of_all
-    blocks = [
-        inverted(recipe, inverter, x0[block], select(cond, _row(block, rows)), schedule, index[:, block])
-        for block in _blocks(rows, _per_call(recipe.trajectory.guidance_scale, chunk))
-    ]
-    x, told, eps = (
-        torch.cat(parts, dim=1).flatten(0, 1) for parts in zip(*(arrays for arrays, _ in blocks), strict=True)
-    )
-    # Target `step` is eps itself: DDIM steps with one eps undo each other.
-    points = Points(x, told, eps, weight, calls, sum(evals for _, evals in blocks))
+        eps = noise.flatten(0, 1)
+        points = Points(schedule.add_noise(clean, eps, t.flatten()), t.flatten(), eps, weight, calls, 0)
+    else:
+        inverter = policy if recipe.trajectory.model == "policy" else reference
+        inverted = _one_point if recipe.timesteps == "single" else _points_of_all
+        blocks = [
+            inverted(recipe, inverter, x0[block], select(cond, _row(block, rows)), schedule, index[:, block])
+            for block in _blocks(rows, _per_call(recipe.trajectory.guidance_scale, chunk))
+        ]
+        x, told, eps = (
+            torch.cat(parts, dim=1).flatten(0, 1) for parts in zip(*(arrays for arrays, _ in blocks), strict=True)
+        )
+        # Target `step` is eps itself: its solvers step as DDIM does, and a DDIM step with the same eps undoes that.
+        points = Points(x, told, eps, weight, calls, sum(evals for _, evals in blocks))
     if recipe.target == "implied":
-        points = replace(points, target=schedule.implied_noise(x, clean, told))
+        points = replace(points, target=schedule.implied_noise(points.x, clean, points.t))
     if recipe.target == "reference":
         target, evals = _reference_eps(recipe, reference, points, eps, cond, rows)
         return replace(points, target=target, unet_evals=points.unet_evals + evals)
-    if recipe.log_ratio.form == "four_term" and _next_step_tells(recipe):
+    if recipe.loss.kind == "dspo" or (recipe.log_ratio.form == "four_term" and _next_step_tells(recipe)):
         known, evals = _reference_eps(recipe, reference, points, eps, cond, rows)
         return replace(points, reference=known, unet_evals=points.unet_evals + evals)
     return points
@@ -109,22 +110,28 @@ def _levels(recipe: Recipe, schedule: NoiseSchedule) -> Tensor:
 
 
 def _draw(recipe: Recipe, n: int, x0: Tensor, generators: list[torch.Generator]) -> tuple[Tensor, Tensor]:
-    """index (K,B) into the grid, and forward noise (K,B,C,H,W) (empty for an inversion), both on x0's device."""
-    indices, noises = [], []
+    """index (K,R) into the grid, and forward noise (K,R,C,H,W) (empty for an inversion), both on x0's device."""
+    sides = len(x0) // len(generators)
+    draws = sides if recipe.pair_draws == "independent" else 1
+    indices: list[list[Tensor]] = [[] for _ in range(draws)]
+    noises: list[list[Tensor]] = [[] for _ in range(draws)]
     for g in generators:
-        if recipe.timesteps == "single":
-            index = torch.randint(n, (1,), generator=g, device=g.device)
-        elif recipe.timesteps == "subset":
-            assert recipe.subset_size is not None  # the recipe is valid
-            index = torch.randperm(n, generator=g, device=g.device)[: recipe.subset_size].sort().values
-        else:
-            index = torch.arange(n)
-        indices.append(index.to(x0.device))
-        if recipe.trajectory.kind == "forward":
-            # float32 whatever the latents' type: the draw is then the same under every precision.
-            shape = (len(index), *x0.shape[1:])
-            noises.append(torch.randn(shape, generator=g, device=g.device).to(x0))
-    return torch.stack(indices, dim=1), torch.stack(noises, dim=1) if noises else x0[:0]
+        for side in range(draws):
+            if recipe.timesteps == "single":
+                index = torch.randint(n, (1,), generator=g, device=g.device)
+            elif recipe.timesteps == "subset":
+                assert recipe.subset_size is not None  # the recipe is valid
+                index = torch.randperm(n, generator=g, device=g.device)[: recipe.subset_size].sort().values
+            else:
+                index = torch.arange(n)
+            indices[side].append(index.to(x0.device))
+            if recipe.trajectory.kind == "forward":
+                # float32 whatever the latents' type: the draw is then the same under every precision.
+                shape = (len(index), *x0.shape[1:])
+                noises[side].append(torch.randn(shape, generator=g, device=g.device).to(x0))
+    shared_by = sides // draws
+    index = torch.stack(sum(indices, []) * shared_by, dim=1)
+    return index, torch.stack(sum(noises, []) * shared_by, dim=1) if noises[0] else x0[:0]
 
 
 def _weight(recipe: Recipe, schedule: NoiseSchedule, t: Tensor, n: int) -> Tensor:
@@ -189,7 +196,9 @@ def _next_step_tells(recipe: Recipe) -> bool:
     """Whether the inversion's step t+1 predicted eps_ref(x_t, t), the very value wanted at point t."""
     spec = recipe.trajectory
     return (
-        spec.model == "reference"
+        spec.kind == "inversion"
+        and spec.solver == "ddim"
+        and spec.model == "reference"
         and spec.label == "previous"
         and spec.guidance_scale == comparison_guidance(recipe)
         and recipe.timesteps == "all"
@@ -201,8 +210,9 @@ def _reference_eps(
     recipe: Recipe, reference: EpsModel, points: Points, eps: Tensor, cond: Conditioning | None, rows: int
 ) -> tuple[Tensor, int]:
     """eps_ref at every point, (K*R,C,H,W), and the UNet evaluations it took beyond the inversion's own eps."""
-    calls, known = points.calls, eps
-    if recipe.log_ratio.at == "x_prev" and recipe.trajectory.model == "reference" and recipe.timesteps != "single":
+    calls, known, spec = points.calls, eps, recipe.trajectory
+    told = recipe.log_ratio.at == "x_prev" and spec.model == "reference" and spec.solver == "ddim"
+    if told and recipe.timesteps != "single":
         return eps, 0
     if _next_step_tells(recipe):
         # Only the last point was never seen by the reference.

@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from invdpo.errors import InvdpoError
+from invdpo.inversion.trajectory import SOLVERS
 
 Count = Annotated[int, Field(strict=True, ge=1, le=1000)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -29,7 +30,12 @@ class TrajectorySpec(_Slot):
     steps: Count | None = Field(
         None, description="N timesteps of the grid; null (forward only): all training timesteps"
     )
-    solver: Literal["ddim"] = "ddim"
+    solver: Literal["ddim", "dpm_solver", "edict", "fixed_point", "renoise"] = Field(
+        "ddim",
+        description="ddim: one prediction a step; renoise: mean of two, the second at the estimate of x_t (SmPO); "
+        "fixed_point: x_t solved for, so that DDIM sampling retraces it; dpm_solver: second-order multistep (label "
+        "'previous' only); edict: a coupled pair, exactly invertible (label 'next' only)",
+    )
     model: Literal["reference", "policy"] = Field("reference", description="which network inverts (without gradient)")
     guidance_scale: float = Field(
         1.0,
@@ -64,11 +70,20 @@ class LogRatioSpec(_Slot):
 
 
 class LossSpec(_Slot):
-    """From two log-ratios to a loss."""
+    """From two log-ratios to a loss; `objectives.pair_losses` holds the formulas."""
 
-    kind: Literal["dpo", "winner_only"] = "dpo"
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="share of labels believed to be wrong")
-    margin: float = Field(0.0, allow_inf_nan=False, description="subtracted inside the sigmoid")
+    kind: Literal["dpo", "kto", "mapo", "dspo", "winner_only"] = "dpo"
+    reversed: bool = Field(False, description="the recipe itself exchanges winner and loser, whatever the labels say")
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="dpo only: share of labels believed to be wrong")
+    margin: float = Field(0.0, allow_inf_nan=False, description="dpo only: subtracted inside the sigmoid")
+    weight_by_strength: bool = Field(
+        False, description="dpo only: each pair's beta is multiplied by its preference strength 2p - 1 from the data"
+    )
+    positive_share: float | None = Field(
+        None, gt=0, lt=1, description="kto only: weight of winners; losers have 1 - it"
+    )
+    link_scale: Positive | None = Field(None, description="mapo only: s of the bounded link g(L) = s L / (e^(s L) - 1)")
+    margin_scale: Positive | None = Field(None, description="mapo only: factor of g(L_w) - g(L_l) inside the sigmoid")
 
 
 class Recipe(_Slot):
@@ -78,7 +93,12 @@ class Recipe(_Slot):
     source: str = Field(description="paper section or code line that the recipe follows")
     trajectory: TrajectorySpec
     timesteps: Literal["single", "all", "subset"]
-    subset_size: Count | None = Field(None, description="K timesteps a pair, drawn without replacement (subset only)")
+    subset_size: Count | None = Field(
+        None, description="K timesteps a pair, drawn without replacement (subset only); see `preference_loss` on bias"
+    )
+    pair_draws: Literal["shared", "independent"] = Field(
+        "shared", description="whether a winner and its loser share their timesteps and forward noise"
+    )
     target: Literal["noise", "implied", "step", "reference"] = Field(
         description="noise: the eps added; implied: the eps between x_0 and x_t; step: the eps that maps x_t back to "
         "x_{t-1}; reference: the reference's prediction at the same point"
@@ -90,6 +110,22 @@ class Recipe(_Slot):
     reference_dtype: Literal["float32", "float16", "bfloat16"] = Field(
         "float32", description="weights of the frozen reference; the training loop applies it"
     )
+    reference_label_dtype: Literal["float32", "float16", "bfloat16"] = Field(
+        "float32",
+        description="type that timestep labels pass through on their way to the reference, and to it alone; bfloat16 "
+        "moves labels above 256",
+    )
+    sampling_branch: Literal["both", "unconditional"] = Field(
+        "both",
+        description="unconditional: at sampling the trained weights replace only the unconditional branch of guidance, "
+        "beside the base's conditional one",
+    )
+
+    @property
+    def calls_reference(self) -> bool:
+        """Whether the frozen reference is ever evaluated, to compare with or to invert."""
+        inverts = self.trajectory.kind == "inversion" and self.trajectory.model == "reference"
+        return self.log_ratio.form != "denoising" or inverts
 
     @model_validator(mode="after")
     def _slots_fit(self) -> Self:
@@ -104,9 +140,14 @@ class Recipe(_Slot):
 
 def _conflicts(r: Recipe) -> list[tuple[str, str]]:
     """(field, why it does not go with the other slots), in the order in which a reader would mend them."""
+    return [(field, reason) for broken, field, reason in _point_rules(r) + _loss_rules(r) if broken]
+
+
+def _point_rules(r: Recipe) -> list[tuple[bool, str, str]]:
+    """(broken, field, reason) of the slots that say where the networks are compared, and with what."""
     forward, steps = r.trajectory.kind == "forward", r.trajectory.steps
-    two_term, winner_only = r.log_ratio.form == "two_term", r.loss.kind == "winner_only"
-    rules = [
+    two_term = r.log_ratio.form == "two_term"
+    return [
         (
             not forward and steps is None,
             "trajectory.steps",
@@ -143,6 +184,38 @@ def _conflicts(r: Recipe) -> list[tuple[str, str]]:
             "'reference' needs trajectory.kind 'inversion': the two-term form assumes the model's own trajectory",
         ),
         (
+            r.target == "step" and SOLVERS[r.trajectory.solver].coupled,
+            "target",
+            f"'step' is the eps with which a DDIM step maps x_t back to x_{{t-1}}, and trajectory.solver "
+            f"{r.trajectory.solver!r} has none, for it mixes two latents; use target 'implied'",
+        ),
+        (
+            not forward and r.trajectory.label not in SOLVERS[r.trajectory.solver].labels,
+            "trajectory.label",
+            f"trajectory.solver {r.trajectory.solver!r} is not defined for {r.trajectory.label!r}; use "
+            f"{' or '.join(map(repr, SOLVERS[r.trajectory.solver].labels))}",
+        ),
+        (
+            forward and r.trajectory.solver != "ddim",
+            "trajectory.solver",
+            "a forward trajectory solves nothing; leave it out",
+        ),
+        (
+            forward and r.trajectory.model != "reference",
+            "trajectory.model",
+            "a forward trajectory runs no network; leave it out",
+        ),
+        (
+            forward and r.trajectory.label != "next",
+            "trajectory.label",
+            "a forward trajectory tells no network a timestep; leave it out",
+        ),
+        (
+            steps is None and r.trajectory.steps_offset is not None,
+            "trajectory.steps_offset",
+            "without trajectory.steps every training timestep is drawn from and no grid could be shifted",
+        ),
+        (
             r.target == "reference" and not two_term,
             "log_ratio.form",
             "target 'reference' needs 'two_term': in the other forms its reference term is zero",
@@ -167,21 +240,6 @@ def _conflicts(r: Recipe) -> list[tuple[str, str]]:
             "log_ratio.at",
             "'x_prev' needs target 'reference': x_{t-1} is the input of the step, whose noise is not this step's",
         ),
-        (
-            winner_only and r.log_ratio.form != "denoising",
-            "log_ratio.form",
-            "loss.kind 'winner_only' needs 'denoising': there is no pair to compare",
-        ),
-        (
-            r.log_ratio.form == "denoising" and not winner_only,
-            "loss.kind",
-            "log_ratio.form 'denoising' needs 'winner_only': without the reference it is no log-ratio",
-        ),
-        (
-            winner_only and (r.loss.label_smoothing != 0 or r.loss.margin != 0),
-            "loss",
-            "'winner_only' compares no pair, so label_smoothing and margin must be 0",
-        ),
         (r.timesteps == "subset" and r.subset_size is None, "subset_size", "timesteps 'subset' needs it"),
         (
             r.timesteps != "subset" and r.subset_size is not None,
@@ -193,8 +251,91 @@ def _conflicts(r: Recipe) -> list[tuple[str, str]]:
             "subset_size",
             f"{r.subset_size} timesteps cannot be drawn from trajectory.steps {steps}; use at most {steps}",
         ),
+        (
+            r.pair_draws == "independent" and not forward and r.timesteps == "all",
+            "pair_draws",
+            "an inversion at timesteps 'all' draws nothing that could be independent; leave it out",
+        ),
+        (
+            r.reference_dtype != "float32" and not r.calls_reference,
+            "reference_dtype",
+            "this recipe never calls the reference; leave it out",
+        ),
+        (
+            r.reference_label_dtype != "float32" and not r.calls_reference,
+            "reference_label_dtype",
+            "this recipe never calls the reference; leave it out",
+        ),
     ]
-    return [(field, reason) for broken, field, reason in rules if broken]
+
+
+def _loss_rules(r: Recipe) -> list[tuple[bool, str, str]]:
+    """(broken, field, reason) of the loss against the log-ratio and the draws."""
+    kind, form = r.loss.kind, r.log_ratio.form
+    no_reference = ("winner_only", "mapo")
+    return [
+        (
+            kind in no_reference and form != "denoising",
+            "log_ratio.form",
+            f"loss.kind {kind!r} needs 'denoising': it compares with no reference",
+        ),
+        (
+            form == "denoising" and kind not in no_reference,
+            "loss.kind",
+            "log_ratio.form 'denoising' needs 'winner_only' or 'mapo': without the reference it is no log-ratio",
+        ),
+        (
+            kind == "dspo" and form != "four_term",
+            "log_ratio.form",
+            "loss.kind 'dspo' needs 'four_term': its coefficient is DPO's, of a difference from the reference's errors",
+        ),
+        (
+            kind == "dspo" and r.timesteps != "single",
+            "timesteps",
+            "loss.kind 'dspo' needs 'single': its coefficient belongs to the prediction at one timestep, not to a sum",
+        ),
+        (
+            kind == "dspo" and r.log_ratio.weight != "none",
+            "log_ratio.weight",
+            "loss.kind 'dspo' regresses the prediction itself, without a weight; use 'none'",
+        ),
+        (
+            kind == "dspo" and r.log_ratio.over_timesteps != "mean",
+            "log_ratio.over_timesteps",
+            "loss.kind 'dspo' regresses the prediction at one timestep, so there is no sum; use 'mean'",
+        ),
+        (
+            kind != "dpo" and r.loss.label_smoothing != 0,
+            "loss.label_smoothing",
+            f"loss.kind {kind!r} has no label to smooth; only 'dpo' does",
+        ),
+        (
+            kind != "dpo" and r.loss.margin != 0,
+            "loss.margin",
+            f"loss.kind {kind!r} has no margin; only 'dpo' does",
+        ),
+        (
+            kind != "dpo" and r.loss.weight_by_strength,
+            "loss.weight_by_strength",
+            f"loss.kind {kind!r} has no difference that a pair's strength could weight; only 'dpo' does",
+        ),
+        (
+            kind == "winner_only" and r.loss.reversed,
+            "loss.reversed",
+            "'winner_only' sees no loser to exchange with",
+        ),
+        (
+            kind == "winner_only" and r.pair_draws != "shared",
+            "pair_draws",
+            "loss.kind 'winner_only' has no pair whose draws could be independent; leave it out",
+        ),
+        (kind == "kto" and r.loss.positive_share is None, "loss.positive_share", "loss.kind 'kto' needs it"),
+        (kind != "kto" and r.loss.positive_share is not None, "loss.positive_share", "only loss.kind 'kto' has one"),
+        (kind == "mapo" and r.loss.link_scale is None, "loss.link_scale", "loss.kind 'mapo' needs it"),
+        (kind != "mapo" and r.loss.link_scale is not None, "loss.link_scale", "only loss.kind 'mapo' has one"),
+        (kind == "mapo" and r.loss.margin_scale is None, "loss.margin_scale", "loss.kind 'mapo' needs it"),
+        (kind != "mapo" and r.loss.margin_scale is not None, "loss.margin_scale", "only loss.kind 'mapo' has one"),
+    ]
 
 
 def make_recipe(values: Any, where: str) -> Recipe:
@@ -217,7 +358,7 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
     if Path(name).suffix in (".yaml", ".yml"):
         path = Path(name)
     else:
-        known = {path.stem: path for folder in _method_folders() for path in sorted(folder.glob("*.yaml"))}
+        known = known_methods()
         if name not in known:
             nearest = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {nearest[0]!r}? " if nearest else ""
@@ -230,6 +371,11 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InvdpoError(f"recipe {path}: is not valid YAML ({' '.join(str(error).split())})") from None
     return make_recipe(values, f"recipe {path}")
+
+
+def known_methods() -> dict[str, Path]:
+    """Every recipe that `load_recipe` knows by name, with its file."""
+    return {path.stem: path for folder in _method_folders() for path in sorted(folder.glob("*.yaml"))}
 
 
 def _method_folders() -> list[Path]:

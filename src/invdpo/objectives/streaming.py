@@ -1,7 +1,7 @@
 """The exact gradient of an objective with one network call's graph alive at a time.
 
-The loss is a function L of s = sum over points of w_t d_t, so dL/dtheta = L'(s) * sum of w_t dd_t/dtheta: a step needs
-the scalar L'(s) and the points' graphs one after another, never together.
+The loss is a function L of a few numbers m a latent, each a sum over its points of w_t d_t, so dL/dtheta is the sum of
+dL/dm * w_t dd_t/dtheta: a step needs the scalars dL/dm and the points' graphs one after another, never together.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ from invdpo.objectives.loss import (
     Batch,
     LossOutput,
     full_graph,
-    log_ratios,
+    measure,
     output,
-    pair_loss,
     prepare,
     terms,
 )
@@ -36,6 +35,7 @@ def backward(
     cond: Conditioning | None,
     schedule: NoiseSchedule,
     generator: torch.Generator | Sequence[torch.Generator],
+    strength: Tensor | None = None,
     loss_scale: float = 1.0,
     chunk: int | None = 256,
 ) -> LossOutput:
@@ -47,31 +47,38 @@ def backward(
     distributed training does).
     Raises InvdpoError as `preference_loss` does, and for a chunk below 1.
     """
-    batch = prepare(recipe, policy, reference, x0_win, x0_lose, cond, schedule, generator, chunk)
+    batch = prepare(recipe, policy, reference, x0_win, x0_lose, cond, schedule, generator, chunk, strength)
     forwards = 1
     if chunk is None or batch.policy_evals() <= chunk:
         out = full_graph(batch)
         (out.loss * loss_scale).backward()
-        ratios = out.logratio_win if out.logratio_lose is None else torch.cat([out.logratio_win, out.logratio_lose])
-    elif recipe.loss.kind == "winner_only":
-        ratios = _stream(batch, torch.full((batch.rows,), -loss_scale / batch.rows, dtype=torch.float64))
-    elif batch.pairs == 1:
-        ratios = _one_pair(batch, loss_scale)
+        lose = None if out.logratio_lose is None else out.logratio_lose.detach()
+        evals = out.unet_evals + 2 * batch.policy_evals()
+        return LossOutput(out.loss.detach(), out.logratio_win.detach(), lose, evals)
+    if recipe.loss.kind == "winner_only":
+        measured = _stream(batch, torch.full((1, batch.rows), -loss_scale / batch.rows, dtype=torch.float64))
+    elif batch.pairs == 1 and recipe.loss.kind == "dpo":
+        measured = _one_pair(batch, loss_scale)
     else:
         forwards = 2
         with torch.no_grad():
-            ratios = log_ratios(batch, torch.cat([terms(batch, call) for call in batch.points.calls]))
-        leaf = ratios.requires_grad_()
-        (slope,) = torch.autograd.grad(output(batch, leaf, 0).loss, leaf)
-        _stream(batch, slope * loss_scale, with_reference=False)
+            measured = measure(batch, torch.cat([terms(batch, call) for call in batch.points.calls], dim=1))
+        _stream(batch, _slopes(batch, measured) * loss_scale, with_reference=False)
     evals = batch.points.unet_evals + batch.reference_evals() + (forwards + 2) * batch.policy_evals()
-    return output(batch, ratios.detach(), evals)
+    return output(batch, measured, evals)
+
+
+def _slopes(batch: Batch, measured: Tensor) -> Tensor:
+    """d loss / d measured, (S,R)."""
+    leaf = measured.detach().requires_grad_()
+    (slopes,) = torch.autograd.grad(output(batch, leaf, 0).loss, leaf)
+    return slopes
 
 
 def _stream(
-    batch: Batch, slope: Tensor, with_reference: bool = True, stash: dict[Tensor, Tensor | None] | None = None
+    batch: Batch, slopes: Tensor, with_reference: bool = True, stash: dict[Tensor, Tensor | None] | None = None
 ) -> Tensor:
-    """Back-propagate slope (R,) times the log-ratios, call by call; returns the log-ratios (R,).
+    """Back-propagate slopes (S,R) times what `measure` gives, call by call; returns the latter, (S,R), detached.
 
     stash, when given, receives the earlier `.grad` of every parameter met, which is then cleared.
     """
@@ -80,22 +87,23 @@ def _stream(
     for call in batch.points.calls:
         point_terms = terms(batch, call, with_reference)
         row = torch.arange(call.start, call.stop, device=weight.device) % batch.rows
-        factor = batch.recipe.log_ratio.scale * slope.to(weight)[row] * weight[call]
+        factor = slopes.to(weight)[:, row] * weight[call]
         if stash is not None:
             _set_aside(point_terms, stash)
         (factor.to(point_terms.dtype) * point_terms).sum().backward()
         collected.append(point_terms.detach())
-    return log_ratios(batch, torch.cat(collected))
+    return measure(batch, torch.cat(collected, dim=1))
 
 
 def _one_pair(batch: Batch, loss_scale: float) -> Tensor:
-    """One pair has one scalar L'(s), which can be applied after the gradient of s is complete: no first pass."""
+    """One pair has one scalar L'(s), s the difference of its log-ratios, which can be applied after the gradient of s
+    is complete: no first pass."""
     stash: dict[Tensor, Tensor | None] = {}
     # beta goes in first: with it, loss_scale keeps half-precision gradients in range as in one backward pass.
     beta = batch.recipe.beta
-    ratios = _stream(batch, torch.tensor([loss_scale * beta, -loss_scale * beta], dtype=torch.float64), stash=stash)
-    difference = (ratios[0] - ratios[1]).requires_grad_()
-    (slope,) = torch.autograd.grad(pair_loss(batch.recipe, difference), difference)
+    signs = torch.tensor([[loss_scale * beta, -loss_scale * beta]], dtype=torch.float64)
+    measured = _stream(batch, signs, stash=stash)
+    slope = _slopes(batch, measured)[0, 0]
     for parameter, earlier in stash.items():
         if parameter.grad is not None:
             parameter.grad.mul_((slope / beta).to(parameter.grad))
@@ -103,7 +111,7 @@ def _one_pair(batch: Batch, loss_scale: float) -> Tensor:
                 parameter.grad.add_(earlier)
         else:
             parameter.grad = earlier
-    return ratios
+    return measured
 
 
 def _set_aside(result: Tensor, stash: dict[Tensor, Tensor | None]) -> None:

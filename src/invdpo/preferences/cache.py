@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from invdpo.config import StudyConfig
+    from invdpo.scorers.pickscore import PickScore
 
 ENCODED_AT_ONCE = 64  # images a VAE call: enough to keep two cores busy, 0.4 GiB of activations at 64 pixels
 
@@ -33,7 +34,8 @@ class PreferenceCache:
 
     win_mean, win_std, lose_mean, lose_std: (n,C,h,w), the posterior of each image, so that training can draw
     from it. embeds: (m,L,D), one row a caption. uncond: (1,L,D), the empty prompt. caption_index: (n,) int64
-    into embeds. key: sha256 of what was encoded and by what.
+    into embeds. key: sha256 of what was encoded and by what. scores: (n,2) PickScores of winner and loser by the votes,
+    raw cosines, where they were asked for; the key then covers the scorer too.
     """
 
     win_mean: Tensor
@@ -44,6 +46,7 @@ class PreferenceCache:
     uncond: Tensor
     caption_index: Tensor
     key: str
+    scores: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.caption_index)
@@ -75,8 +78,10 @@ def prepare(study: StudyConfig, device: torch.device) -> dict[str, Any]:
     """Encode a study's pairs into root/preferences/{pairs.parquet, cache.safetensors, report.json}; returns
     the report.
 
-    Does nothing when the cache there already holds exactly this content.
-    Raises InvdpoError when columns are missing, too many images cannot be decoded, or no pair is left.
+    Where a recipe of the study weights pairs by their strength, both images of every pair are also scored, as they come
+    and not as they are trained on, by the study's PickScore. Does nothing when the cache there already holds exactly
+    this content. Raises InvdpoError when columns are missing, too many images cannot be decoded, no pair is left, or
+    scores are needed and `scorers.pickscore` is missing or tells no image from another.
     """
     import pandas as pd
     from safetensors.torch import save_file
@@ -96,8 +101,14 @@ def prepare(study: StudyConfig, device: torch.device) -> dict[str, Any]:
         "resolution": resolution,
         "max_undecodable": study.training.max_undecodable,
     }
-    key = hashlib.sha256(repr(sorted(content.items())).encode()).hexdigest()
-    if (done := _existing(folder, key)) is not None:
+    # Two keys, so that runs without scores outlive another scorer, and an arm that is the first to need one.
+    keys = {"key": _digest(content)}
+    scorer = _scorer(study, device)
+    if scorer is not None:
+        content["pickscore"] = scorer.version
+        keys["scored_key"] = _digest(content)
+    key = keys["key" if scorer is None else "scored_key"]
+    if (done := _existing(folder, key, scorer is not None)) is not None:
         return done
 
     vae = sd15.load_vae(study.base, device)
@@ -107,18 +118,24 @@ def prepare(study: StudyConfig, device: torch.device) -> dict[str, Any]:
     counts = Counts()
     latents: list[tuple[Tensor, Tensor]] = []
     records: list[dict[str, Any]] = []
-    waiting: list[Tensor] = []
+    scores: list[Tensor] = []
+    waiting: list[Pair] = []
 
     def encode() -> None:
-        mean, std = sd15.encode_images(vae, torch.stack(waiting).to(device))
+        images = [image for pair in waiting for image in (pair.winner_image, pair.loser_image)]
+        squares = torch.stack([square(image, resolution) for image in images])
+        mean, std = sd15.encode_images(vae, squares.to(device))
         latents.append((mean.cpu(), std.cpu()))
+        if scorer is not None:
+            captions = [pair.caption for pair in waiting for _ in range(2)]
+            scores.append(torch.from_numpy(scorer.score(images, captions)["pickscore"]))
         waiting.clear()
 
     with tqdm(total=rows, desc="prepare: pairs", unit="pair", mininterval=0.5) as bar:
         for pair in read_pairs(files, counts):
-            waiting += [square(pair.winner_image, resolution), square(pair.loser_image, resolution)]
+            waiting.append(pair)
             records.append(_record(pair))
-            if len(waiting) >= ENCODED_AT_ONCE:
+            if 2 * len(waiting) >= ENCODED_AT_ONCE:
                 encode()
             bar.update(counts.rows - bar.n)
         if waiting:
@@ -139,8 +156,11 @@ def prepare(study: StudyConfig, device: torch.device) -> dict[str, Any]:
         "uncond": sd15.encode_prompts(text, [""]).cpu().contiguous(),
         "caption_index": torch.tensor([index[record["caption"]] for record in records]),
     }
+    if scorer is not None:
+        tensors["scores"] = torch.cat(scores).view(-1, 2)
+        _check_span(tensors["scores"], study)
     with replace_when_done(folder / "cache.safetensors") as temporary:
-        save_file(tensors, temporary, metadata={"key": key})
+        save_file(tensors, temporary, metadata=keys)
     with replace_when_done(folder / "pairs.parquet") as temporary:
         pd.DataFrame(records).to_parquet(temporary, index=False)
     report = {
@@ -155,18 +175,50 @@ def prepare(study: StudyConfig, device: torch.device) -> dict[str, Any]:
         "pairs": counts.kept,
         "captions": len(captions),
     }
+    if scorer is not None:  # for Pick-a-Pic, SmPO's code has 0.1154 and 0.2820
+        report["pickscore_range"] = [float(tensors["scores"].min()), float(tensors["scores"].max())]
     write_json(folder / "report.json", report)
     return report
 
 
-def _existing(folder: Path, key: str) -> dict[str, Any] | None:
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(repr(sorted(content.items())).encode()).hexdigest()
+
+
+def _scorer(study: StudyConfig, device: torch.device) -> PickScore | None:
+    """The study's PickScore where an arm needs the pairs' strengths, else None; InvdpoError where it has none."""
+    arms = [arm for arm in map(study.arm, study.arms) if arm.trains and arm.recipe.loss.weight_by_strength]
+    if not arms:
+        return None
+    config = study.scorers.pickscore
+    if config is None:
+        raise InvdpoError(
+            f"The arm `{arms[0].name}` of study `{study.study}` weights every pair by how much better PickScore finds "
+            f"its winner (recipe {arms[0].recipe.name}, `loss.weight_by_strength`), but the study has no "
+            "`scorers.pickscore`. Add it, or leave the arm out."
+        )
+    from invdpo.scorers.pickscore import PickScore
+
+    return PickScore(config.model, device, processor=config.processor)
+
+
+def _check_span(scores: Tensor, study: StudyConfig) -> None:
+    """Strengths are differences in units of the scores' range."""
+    if scores.min() == scores.max():
+        raise InvdpoError(
+            f"`scorers.pickscore` gives every image of `preferences: {study.preferences}` the score "
+            f"{float(scores.min()):g}, so no pair can be weighted by it. Check the scorer's weights and the pairs."
+        )
+
+
+def _existing(folder: Path, key: str, scored: bool) -> dict[str, Any] | None:
     """The report of a finished preparation of the same content, or None."""
     report, parts = folder / "report.json", ("pairs.parquet", "cache.safetensors")
     if not report.is_file() or not all((folder / part).is_file() for part in parts):
         return None
     written = json.loads(report.read_text(encoding="utf-8"))
     # The report is written last, so whatever it names is whole.
-    return written if written["key"] == key and load_cache(folder, torch.device("cpu")).key == key else None
+    return written if written["key"] == key and load_cache(folder, torch.device("cpu"), scored).key == key else None
 
 
 def _record(pair: Pair) -> dict[str, Any]:
@@ -196,20 +248,34 @@ def _judge(counts: Counts, study: StudyConfig) -> None:
         )
 
 
-def cache_key(folder: Path) -> str:
-    """The key of the cache that `prepare` wrote, without reading the rest. Raises InvdpoError where there is none."""
-    with _opened(folder) as stored:
-        return stored.metadata()["key"]
+def cache_key(folder: Path, scored: bool = False) -> str:
+    """The key of the cache that `prepare` wrote, without reading the rest; `scored`: of pairs and scores together.
 
-
-def load_cache(folder: Path, device: torch.device) -> PreferenceCache:
-    """The cache that `prepare` wrote, on the device.
-
-    Raises InvdpoError where there is none.
+    Raises InvdpoError where there is no cache, or no scores in it.
     """
     with _opened(folder) as stored:
-        tensors = {name: stored.get_tensor(name).to(device) for name in TENSORS}
-        return PreferenceCache(**tensors, key=stored.metadata()["key"])
+        return _key(stored, folder, scored)
+
+
+def load_cache(folder: Path, device: torch.device, scored: bool = False) -> PreferenceCache:
+    """The cache that `prepare` wrote, on the device; `scored`: with its PickScores.
+
+    Raises InvdpoError where there is no cache, or no scores in it.
+    """
+    with _opened(folder) as stored:
+        key = _key(stored, folder, scored)
+        names = (*TENSORS, "scores") if scored else TENSORS
+        return PreferenceCache(**{name: stored.get_tensor(name).to(device) for name in names}, key=key)
+
+
+def _key(stored: Any, folder: Path, scored: bool) -> str:
+    keys = stored.metadata()
+    if scored and "scored_key" not in keys:
+        raise InvdpoError(
+            f"{folder / 'cache.safetensors'} holds no PickScores, by which this arm weights its pairs: it was made "
+            "before the study had such an arm. Run `invdpo prepare --study …` again."
+        )
+    return keys["scored_key" if scored else "key"]
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from invdpo.device import resolve_dtype
 from invdpo.errors import InvdpoError
 from invdpo.files import remove, write_json
 from invdpo.preferences.cache import PreferenceCache, cache_key, load_cache
-from invdpo.preferences.labels import flips
+from invdpo.preferences.labels import flips, strengths
 from invdpo.provenance import code_hash, lock_hash, peak_memory, stamp
 from invdpo.schedule import NoiseSchedule
 from invdpo.training import state
@@ -50,12 +50,14 @@ def train(study: StudyConfig, arm_name: str, seeds: list[int], device: torch.dev
     resumes).
     """
     arm = study.arm(arm_name)
+    _check_passes(arm)
     runs = [Run(study, arm, seed, device) for seed in seeds]
     if not arm.trains:
         for run in runs:
             run.finish_untrained()
         return
-    key = cache_key(study.root / "preferences")
+    scored = arm.recipe.loss.weight_by_strength
+    key = cache_key(study.root / "preferences", scored)
     for run in runs:
         run.settle(key)
     if all(run.finished for run in runs):
@@ -64,11 +66,23 @@ def train(study: StudyConfig, arm_name: str, seeds: list[int], device: torch.dev
         return
     base = load_unet(study.base, device, arm.training.gradient_checkpointing)
     schedule = load_schedule(study.base)
-    cache = load_cache(study.root / "preferences", device)
+    cache = load_cache(study.root / "preferences", device, scored)
     for run in runs:
         if not run.finished:
             run.train(base, schedule, cache)
         run.publish()
+
+
+def _check_passes(arm: ArmConfig) -> None:
+    """A loss that looks at its whole batch cannot be summed over parts of it."""
+    training = arm.training
+    if arm.trains and arm.recipe.loss.kind == "kto" and training.pairs_a_pass != training.batch:
+        raise InvdpoError(
+            f"`arms.{arm.name}`: `training.micro_batch` is {training.micro_batch} and `training.batch` is "
+            f"{training.batch}, but the loss of recipe {arm.recipe.name} (`loss.kind: kto`) measures every pair from "
+            "the mean log-ratio of its backward pass, so it would be another method for every `micro_batch`. Leave "
+            "`micro_batch` out for this arm (null); `training.chunk` bounds its memory."
+        )
 
 
 @contextmanager
@@ -256,6 +270,10 @@ class Stepper:
         self.optimizer, self.schedule, self.cache, self.progress = optimizer, schedule, cache, progress
         self.fp16 = dtype == torch.float16
         self.flipped = flips(run.arm.labels, len(cache), run.seed)
+        self.strength = None
+        if run.arm.recipe.loss.weight_by_strength:
+            assert cache.scores is not None  # `train` asks for them
+            self.strength = strengths(cache.scores)
         self.reference_norm = float(torch.linalg.vector_norm(torch.stack([p.norm() for p in self.base_parameters])))
 
     def step(self) -> dict[str, Any]:
@@ -324,6 +342,7 @@ class Stepper:
                     batch.cond,
                     self.schedule,
                     batch.generators,
+                    strength=None if self.strength is None else self.strength[pairs],
                     loss_scale=self.progress.loss_scale * size / training.batch,
                     chunk=training.chunk,
                 )
@@ -341,8 +360,16 @@ class Stepper:
         self.optimizer.step()
 
     def _numbers(self, outputs: list[objectives.LossOutput], loss: Tensor, norm: Tensor) -> dict[str, float | None]:
-        """Means over the batch, brought from the device in one transfer; None where the recipe has no
-        loser.
+        """Means over the batch, brought from the device in one transfer; None where the recipe has no loser.
+
+        logratio_win, logratio_lose: the surrogate log p_theta - log p_ref, before beta, of the images that the arm's
+        labels make winners and losers. implicit_accuracy: the share of pairs whose winner has the larger one, one half
+        where policy and reference are equal. A recipe that reverses labels itself (Diffusion-NPO) drives it below one
+        half; with strengths (SmPO) it is still by the labels, not by the scorer; where a pair's draws are independent
+        (Diffusion-KTO) it compares two images at timesteps and noises of their own, and so is noisier.
+
+        Without a reference (sft, MaPO) there is no log-ratio: logratio_* are minus the denoising errors, and
+        implicit_accuracy is the share of pairs whose winner is denoised better: at the start, the base's own.
         """
         win = torch.cat([output.logratio_win.detach() for output in outputs]).float()
         losers = [output.logratio_lose.detach() for output in outputs if output.logratio_lose is not None]
