@@ -13,9 +13,10 @@ DEV := $(UV) run --frozen
 
 reproduce: $(UV)
 	$(RUN) snakemake $(ARGS) --configfile config/$(STUDY).yaml
+	@$(RUN) invdpo results --study config/$(STUDY).yaml
 
 test: $(UV)
-	OMP_NUM_THREADS=1 $(DEV) pytest -n 2 tests/unit
+	OMP_NUM_THREADS=1 $(DEV) pytest -n 2 tests/unit tests/invariant
 	$(DEV) pytest tests/workflow
 
 lint: $(UV)
