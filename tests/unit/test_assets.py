@@ -99,5 +99,5 @@ def test_the_judges_are_as_good_as_the_card_says_through_the_studys_scorers() ->
         both = tuple(judge.score(pictures(decided, column), captions)[name] for column in ("jpg_0", "jpg_1"))
         measured = accuracy(both, decided)
         # A pair whose two cosines differ by rounding alone may fall either way.
-        assert measured == pytest.approx(facts("judges")[name]["held_out_vote_accuracy"], abs=0.005)
+        assert measured == pytest.approx(facts(name)["held_out_vote_accuracy"], abs=0.005)
         assert 0.6 < measured <= facts("votes")["validation"]["oracle_accuracy"] + 0.05

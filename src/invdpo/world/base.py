@@ -20,6 +20,9 @@ from invdpo.world.tokenizer import CONTEXT, build_tokenizer
 WIDTH = 64
 # Share of captions replaced by the empty one, so that guidance has an unconditional half (Ho & Salimans: 10-20 %).
 CAPTION_DROPOUT = 0.1
+BATCH = 128
+# Where the layout of a picture is decided: timesteps from here on, with a weight of at most this on the loss.
+LAYOUT_FROM, LAYOUT_WEIGHT = 200, 20.0
 
 
 def train_vae(corpus: Corpus, steps: int, seed: int) -> tuple[AutoencoderKL, dict[str, Any]]:
@@ -108,40 +111,56 @@ def scheduler() -> DDIMScheduler:
 
 
 def train_base(
-    corpus: Corpus, vae: AutoencoderKL, steps: int, seed: int
+    corpus: Corpus, vae: AutoencoderKL, steps: int, layout_steps: int, seed: int
 ) -> tuple[StableDiffusionPipeline, dict[str, Any]]:
-    """The pipeline around a freshly trained text encoder and UNet."""
+    """The pipeline around a freshly trained text encoder and UNet.
+
+    First `steps` with Stable Diffusion's plain loss, then `layout_steps` that start over at the full learning rate and
+    weigh high noise, where the spatial relations are decided, before they come back to the plain loss.
+    """
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()
     denoiser = _Denoiser(len(tokenizer), int(tokenizer.eos_token_id))
     latents = encode(vae, corpus.pictures) * vae.config["scaling_factor"]
     tokens = tokenizer(corpus.captions, padding="max_length", return_tensors="pt").input_ids
     empty = tokenizer("", padding="max_length", return_tensors="pt").input_ids[0]
-    noising = scheduler()
-    draw = random_batches(len(latents), 128, seed)
-    generator = torch.Generator().manual_seed(seed + 1)
-
-    def loss(_: int) -> Tensor:
-        picked = draw()
-        clean, words = latents[picked], tokens[picked]
-        dropped = torch.rand(len(words), 1, generator=generator) < CAPTION_DROPOUT
-        noise = torch.randn(clean.shape, generator=generator)
-        timesteps = torch.randint(1000, (len(clean),), generator=generator)
-        noisy = noising.add_noise(clean, noise, timesteps)
-        return (denoiser(noisy, timesteps, torch.where(dropped, empty, words)) - noise).square().mean()
-
-    facts = fit(denoiser, loss, steps, 2e-3, "unet + text encoder", averaging=0.9995)
+    facts = _denoise(denoiser, latents, tokens, empty, steps, 0, seed)
+    facts["layout"] = _denoise(denoiser, latents, tokens, empty, layout_steps, layout_steps * 2 // 3, seed + 1)
     pipeline = StableDiffusionPipeline(
         vae=vae,
         text_encoder=denoiser.text.eval(),
         tokenizer=tokenizer,
         unet=denoiser.unet.eval(),
-        scheduler=noising,
+        scheduler=scheduler(),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    return pipeline, {**facts, "pictures_seen": 128 * steps}
+    return pipeline, {**facts, "pictures_seen": BATCH * (steps + layout_steps)}
+
+
+def _denoise(
+    denoiser: _Denoiser, latents: Tensor, tokens: Tensor, empty: Tensor, steps: int, weighted_steps: int, seed: int
+) -> dict[str, Any]:
+    """Train on the noise-prediction loss; for the first `weighted_steps`, on that loss weighted towards high noise."""
+    noising = scheduler()
+    draw = random_batches(len(latents), BATCH, seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    # The loss in x_0 has weight 1/SNR on the loss in eps; unbounded, the last timesteps would be all that counts.
+    weight = ((1 - noising.alphas_cumprod) / noising.alphas_cumprod).clamp(max=LAYOUT_WEIGHT)
+    weight = weight / weight[LAYOUT_FROM:].mean()
+
+    def loss(step: int) -> Tensor:
+        picked, weighted = draw(), step < weighted_steps
+        clean, words = latents[picked], tokens[picked]
+        dropped = torch.rand(len(words), 1, generator=generator) < CAPTION_DROPOUT
+        noise = torch.randn(clean.shape, generator=generator)
+        timesteps = torch.randint(LAYOUT_FROM if weighted else 0, 1000, (len(clean),), generator=generator)
+        noisy = noising.add_noise(clean, noise, timesteps)
+        error = (denoiser(noisy, timesteps, torch.where(dropped, empty, words)) - noise).square()
+        return (error.mean(dim=(1, 2, 3)) * weight[timesteps]).mean() if weighted else error.mean()
+
+    return fit(denoiser, loss, steps, 2e-3, "unet + text encoder", averaging=0.9995)
 
 
 def save_pipeline(pipeline: StableDiffusionPipeline, folder: Path) -> None:

@@ -25,9 +25,10 @@ SEEDS = {
     "base": 2,
     "train": 101,
     "validation": 102,
+    "clip": 7,
+    "aesthetic": 7,
     "pickscore": 103,
     "hps": 104,
-    "judges": 7,
     "prompts": 201,
     "tuning_prompts": 202,
     "quality": 301,
@@ -35,12 +36,16 @@ SEEDS = {
 CORPUS_CHUNKS = 24
 VAE_STEPS = 2_200
 BASE_STEPS = 10_000
+LAYOUT_STEPS = 12_000
 PAIRS = {"train": 3_000, "validation": 600}
-JUDGE_PAIRS = 4_000
+JUDGE_PAIRS = 8_000
 CONTRASTIVE_STEPS = 1_400
-VOTE_STEPS = 700
+# The HPS-shaped judge starts from the finished CLIP and overfits sooner.
+VOTE_STEPS = {"pickscore": 1_400, "hps": 500}
 AESTHETIC_STEPS = 3_000
+RATED = 12_000
 PROMPTS = 256
+QUALITY_RENDERS, QUALITY_SAMPLES = 1_000, 512
 
 
 def corpus() -> Corpus:
@@ -58,7 +63,7 @@ def record(out: Path, step: str, started: float, **facts: Any) -> None:
         "torch": torch.__version__,
         "minutes": round((time.monotonic() - started) / 60, 1),
     }
-    (folder / f"{step}.json").write_text(json.dumps({**stamp, **facts}, indent=2, sort_keys=True) + "\n")
+    (folder / f"{step}.json").write_text(json.dumps({**facts, **stamp}, indent=2, sort_keys=True) + "\n")
 
 
 def build_vae(out: Path) -> None:
@@ -80,7 +85,7 @@ def build_base(out: Path) -> None:
     started = time.monotonic()
     vae = AutoencoderKL.from_pretrained(out / "base" / "vae")
     vae.register_to_config(_name_or_path="shapes")  # diffusers would save the path it was loaded from
-    pipeline, facts = train_base(corpus(), vae, BASE_STEPS, SEEDS["base"])
+    pipeline, facts = train_base(corpus(), vae, BASE_STEPS, LAYOUT_STEPS, SEEDS["base"])
     save_pipeline(pipeline, out / "base")
     record(out, "base", started, seed=SEEDS["base"], **facts)
 
@@ -108,52 +113,62 @@ def _captions(out: Path, split: str) -> list[str]:
     return pd.read_parquet(out / "preferences" / f"{split}.parquet", columns=["caption"])["caption"].tolist()
 
 
-def build_clips(out: Path) -> None:
-    """scorers/clip, and scorers/pickscore as far as captions alone can take it."""
+def build_clip(out: Path) -> None:
+    """scorers/clip: the CLIP of captioned pictures."""
     from invdpo.world import judges
 
-    started = time.monotonic()
-    pictures, seed = corpus(), SEEDS["judges"]
+    started, seed = time.monotonic(), SEEDS["clip"]
     clip = judges.new_open_clip(seed)
-    facts = {"clip": judges.train_contrastive(clip, pictures, CONTRASTIVE_STEPS, seed, "clip")}
+    facts = judges.train_contrastive(clip, corpus(), CONTRASTIVE_STEPS, seed, "clip")
     judges.save_open_clip(clip, out / "scorers" / "clip")
-    pickscore = judges.new_transformers_clip(seed + 1)
-    facts["pickscore"] = judges.train_contrastive(pickscore, pictures, CONTRASTIVE_STEPS, seed + 1, "pickscore")
-    judges.save_transformers_clip(pickscore, out / "scorers" / "pickscore")
-    record(out, "clips", started, seed=seed, **facts)
+    held_out = pd.read_parquet(out / "preferences" / "validation.parquet")
+    record(out, "clip", started, seed=seed, **facts, held_out_vote_accuracy=judges.vote_accuracy(clip, held_out))
 
 
-def build_judges(out: Path) -> None:
-    """The CLIPs trained further on votes, pickscore and hps each on its own, and the aesthetic head."""
+def build_pickscore(out: Path) -> None:
+    """scorers/pickscore: a CLIP of its own, trained on captioned pictures and then on its own votes."""
     from invdpo.world import judges
     from invdpo.world.votes import make_votes
 
-    started = time.monotonic()
-    seed = SEEDS["judges"]
-    held_out = pd.read_parquet(out / "preferences" / "validation.parquet")
-    clip, pickscore = (
-        judges.load_open_clip(out / "scorers" / "clip"),
-        judges.load_transformers_clip(out / "scorers" / "pickscore"),
-    )
-    facts: dict[str, Any] = {
-        "seed": seed,
-        "clip": {"held_out_vote_accuracy": judges.vote_accuracy(clip, held_out)},
-    }
-
-    votes, facts["pickscore_votes"] = make_votes(out / "base", JUDGE_PAIRS, SEEDS["pickscore"])
-    facts["pickscore"] = judges.train_on_votes(pickscore, votes, VOTE_STEPS, seed + 2, "pickscore")
-    facts["pickscore"]["held_out_vote_accuracy"] = judges.vote_accuracy(pickscore, held_out)
+    started, seed = time.monotonic(), SEEDS["pickscore"]
+    pickscore = judges.new_transformers_clip(seed)
+    contrastive = judges.train_contrastive(pickscore, corpus(), CONTRASTIVE_STEPS, seed, "pickscore")
+    votes, voted = make_votes(out / "base", JUDGE_PAIRS, seed)
+    facts = judges.train_on_votes(pickscore, votes, VOTE_STEPS["pickscore"], seed, "pickscore")
     judges.save_transformers_clip(pickscore, out / "scorers" / "pickscore")
+    held_out = pd.read_parquet(out / "preferences" / "validation.parquet")
+    facts |= {"contrastive": contrastive, "votes": voted}
+    accuracy = judges.vote_accuracy(pickscore, held_out)
+    record(out, "pickscore", started, seed=seed, **facts, held_out_vote_accuracy=accuracy)
 
-    votes, facts["hps_votes"] = make_votes(out / "base", JUDGE_PAIRS, SEEDS["hps"])
-    rated = torch.cat([corpus().pictures[:12_000], judges.pictures_of(votes).flatten(0, 1)])
-    head, facts["aesthetic"] = judges.train_aesthetic(clip, rated, AESTHETIC_STEPS, seed)
+
+def build_hps(out: Path) -> None:
+    """scorers/hps: the CLIP that is there, trained further on votes that nothing else sees."""
+    from invdpo.world import judges
+    from invdpo.world.votes import make_votes
+
+    started, seed = time.monotonic(), SEEDS["hps"]
+    hps = judges.load_open_clip(out / "scorers" / "clip")
+    votes, voted = make_votes(out / "base", JUDGE_PAIRS, seed)
+    facts = judges.train_on_votes(hps, votes, VOTE_STEPS["hps"], seed, "hps")
+    judges.save_open_clip(hps, out / "scorers" / "hps")
+    held_out = pd.read_parquet(out / "preferences" / "validation.parquet")
+    accuracy = judges.vote_accuracy(hps, held_out)
+    record(out, "hps", started, seed=seed, **facts, votes=voted, held_out_vote_accuracy=accuracy)
+
+
+def build_aesthetic(out: Path) -> None:
+    """scorers/aesthetic: the head on the CLIP that is there, from rated pictures of the corpus and the base model."""
+    from invdpo.world import judges
+
+    started, seed = time.monotonic(), SEEDS["aesthetic"]
+    samples = judges.pictures_of(pd.read_parquet(out / "preferences" / "train.parquet")).flatten(0, 1)
+    rated = torch.cat([corpus().pictures[:RATED], samples])
+    rated = rated[torch.randperm(len(rated), generator=torch.Generator().manual_seed(seed))]
+    clip = judges.load_open_clip(out / "scorers" / "clip")
+    head, facts = judges.train_aesthetic(clip, rated, AESTHETIC_STEPS, seed)
     judges.save_aesthetic(head, out / "scorers" / "aesthetic" / "head.pth")
-
-    facts["hps"] = judges.train_on_votes(clip, votes, VOTE_STEPS, seed + 3, "hps")
-    facts["hps"]["held_out_vote_accuracy"] = judges.vote_accuracy(clip, held_out)
-    judges.save_open_clip(clip, out / "scorers" / "hps")
-    record(out, "judges", started, **facts)
+    record(out, "aesthetic", started, seed=seed, rated_pictures=len(rated), **facts)
 
 
 def measure_quality(out: Path) -> None:
@@ -162,9 +177,9 @@ def measure_quality(out: Path) -> None:
 
     started = time.monotonic()
     rng = np.random.default_rng(SEEDS["quality"])
-    scenes = [sample_scene(rng) for _ in range(1000)]
+    scenes = [sample_scene(rng) for _ in range(QUALITY_RENDERS)]
     renders = [score(render(scene, rng), caption(scene)) for scene in scenes]
-    captions = sample_captions(512, SEEDS["quality"])
+    captions = sample_captions(QUALITY_SAMPLES, SEEDS["quality"])
     facts: dict[str, Any] = {"parser_on_flawless_renders": _means(renders), "seed": SEEDS["quality"]}
     for guidance_scale in (1.0, 3.0):
         pictures = sample_pictures(out / "base", captions, guidance_scale, SEEDS["quality"])

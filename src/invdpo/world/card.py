@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-STEPS = ("vae", "base", "votes", "clips", "judges", "quality")
+STEPS = ("vae", "base", "votes", "clip", "pickscore", "hps", "aesthetic", "quality")
 
 INTRODUCTION = """\
 # The shapes world

@@ -43,21 +43,39 @@ def votes(out: Out = Path("assets/shapes"), threads: Threads = 2) -> None:
 
 
 @app.command()
-def clips(out: Out = Path("assets/shapes"), threads: Threads = 2) -> None:
-    """Train the two CLIPs on captioned renders."""
+def clip(out: Out = Path("assets/shapes"), threads: Threads = 2) -> None:
+    """Train the CLIP on captioned pictures (needs votes, for its accuracy)."""
     from invdpo.world import build
 
     _threads(threads)
-    build.build_clips(out)
+    build.build_clip(out)
 
 
 @app.command()
-def judges(out: Out = Path("assets/shapes"), threads: Threads = 2) -> None:
-    """Train the PickScore- and HPS-shaped CLIPs on votes, and the aesthetic head (needs votes and clips)."""
+def pickscore(out: Out = Path("assets/shapes"), threads: Threads = 2) -> None:
+    """Train the PickScore-shaped judge on its own votes (needs votes)."""
     from invdpo.world import build
 
     _threads(threads)
-    build.build_judges(out)
+    build.build_pickscore(out)
+
+
+@app.command()
+def hps(out: Out = Path("assets/shapes"), threads: Threads = 2) -> None:
+    """Train the HPS-shaped judge on its own votes (needs clip)."""
+    from invdpo.world import build
+
+    _threads(threads)
+    build.build_hps(out)
+
+
+@app.command()
+def aesthetic(out: Out = Path("assets/shapes"), threads: Threads = 2) -> None:
+    """Train the aesthetic head (needs clip and votes)."""
+    from invdpo.world import build
+
+    _threads(threads)
+    build.build_aesthetic(out)
 
 
 @app.command()
@@ -81,12 +99,14 @@ def card(out: Out = Path("assets/shapes")) -> None:
 
 @app.command()
 def build(out: Out = Path("assets/shapes"), threads: Threads = 2) -> None:
-    """All steps in order: about an hour and a half on two cores."""
+    """All steps in order: about three hours on two cores."""
     vae(out, threads)
     base(out, threads)
     votes(out, threads)
-    clips(out, threads)
-    judges(out, threads)
+    clip(out, threads)
+    pickscore(out, threads)
+    hps(out, threads)
+    aesthetic(out, threads)
     quality(out, threads)
     card(out)
 

@@ -177,7 +177,7 @@ def train_on_votes(model: nn.Module, votes: pd.DataFrame, steps: int, seed: int,
     """PickScore's loss: cross-entropy of softmax(scale * cosine) over the two pictures, ties as halves."""
     image_of, text_of, scale = encoders(model)
     pictures, tokens = pictures_of(votes), tokenize(votes["caption"].tolist())
-    labels = torch.from_numpy(votes[["label_0", "label_1"]].to_numpy(np.float32))
+    labels = torch.tensor(votes[["label_0", "label_1"]].to_numpy(np.float32))
     draw = random_batches(len(tokens), BATCH // 2, seed)
 
     def loss(_: int) -> Tensor:
