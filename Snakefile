@@ -47,6 +47,7 @@ include: "rules/preferences.smk"
 include: "rules/train.smk"
 include: "rules/evaluate.smk"
 include: "rules/evidence.smk"
+include: "rules/experiments.smk"
 include: "rules/tune.smk"
 include: "rules/assets.smk"
 
@@ -58,6 +59,7 @@ rule all:
         rules.figures.output,
         rules.claims.output if study.claims else [],
         rules.mlflow.output,
+        rules.present.output if STUDIED else [],
 
 
 onstart:
@@ -65,7 +67,9 @@ onstart:
 
 
 onsuccess:
-    print(where_results_are())
+    # make says it itself, also when there was nothing to do.
+    if "MAKELEVEL" not in os.environ:
+        print(places(study))
 
 
 onerror:

@@ -11,6 +11,7 @@ from snakemake.exceptions import WorkflowError
 
 from invdpo.config import dump_study, method_path, parse_study, read_yaml
 from invdpo.errors import InvdpoError
+from invdpo.places import places
 from invdpo.provenance import code_hash, lock_hash
 
 try:
@@ -40,8 +41,22 @@ TRAINING = (*ENCODING, "training", "objectives", "inversion", "types")
 WORLD = ("world/oracle", "world/parser", "world/render", "world/scenes")
 EVALUATION = ("evaluate", "prompts", "sampling", "scorers", "inversion", "types", *ENCODING[1:], *WORLD)
 READING = ("evidence/load", "evidence/statistics")
+EXPERIMENTS = ("experiments", "likelihood", "evidence/statistics", *TRAINING, *EVALUATION)
+
+
+def weights_by_strength(name):
+    """Whether an arm weights its pairs by PickScore, read as YAML: arm.recipe would import torch."""
+    arm = study.arm(name)
+    loss = read_yaml(method_path(arm.method)).get("loss", {}) | arm.recipe_overrides.get("loss", {})
+    return loss.get("weight_by_strength", False)
+
+
+# PickScore's settings where the pairs are scored as they are encoded.
+PAIR_SCORER = SETTINGS["scorers"]["pickscore"] if any(map(weights_by_strength, TRAINED)) else None
+SCORING = ("scorers/pickscore", "scorers/openclip", "scorers/weights") if PAIR_SCORER else ()
+
 MODULES = {
-    "preferences": ENCODING,
+    "preferences": (*ENCODING, *SCORING),
     "train": TRAINING,
     "evaluate": EVALUATION,
     "tables": ("evidence/tables", *READING),
@@ -49,6 +64,8 @@ MODULES = {
     "claims": ("evidence/claims", "evidence/tables", *READING),
     "mlflow": ("tracking", *READING),
     "tune": ("tuning", *TRAINING, *EVALUATION),
+    "experiments": EXPERIMENTS,
+    "present": ("evidence/experiments", "evidence/figures", "evidence/tables", *READING),
     "assets": ("world",),
 }
 CODE = {stage: code_hash(modules)[:16] for stage, modules in MODULES.items()}
@@ -64,20 +81,6 @@ def write_study():
     if not path.exists() or path.read_text() != text:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-
-
-def where_results_are():
-    """Closing words of a complete run: what there is by now, and how to open it."""
-    root, name = study.root, study.study
-    places = {
-        "tables": "csv, md, tex",
-        "figures": "pdf, png",
-        "claims.md": "the verdicts; claims.json is the same for programs",
-        "mlflow.db": f'make mlflow STUDY={name}, then http://127.0.0.1:5000 and "Model training"',
-    }
-    lines = [f"  {root / place}: {words}" for place, words in places.items() if (root / place).exists()]
-    lines.append(f"  {root / 'report.html'}: make report STUDY={name} writes it; open it in a browser")
-    return "\n".join(["", f"Results of {name}:", *lines])
 
 
 def how_to_resume(log):
@@ -124,6 +127,22 @@ def every_evaluation(folder):
     return trained + expand("<results>/{folder}/{arm}/seed0.parquet", folder=folder, arm=UNTRAINED)
 
 
+def experiment_key(name):
+    """What decides an experiment's result beside its input files."""
+    experiments, scorers = SETTINGS["experiments"], SETTINGS["scorers"]
+    settings = experiments[name]
+    recipes = [read_yaml(method_path(entry["method"] or label)) for label, entry in settings.get("recipes", {}).items()]
+    arms = [study.arm(arm).hash for arm in (*study.experiments.trained_arms(name), *settings.get("arms", []))]
+    judged = {"inversion_error": [scorers], "audit": [scorers, study.prompts, SETTINGS["sampling"]]}.get(name)
+    return digest(PREFERENCES_KEY, experiments["held_out"], SETTINGS["seeds"], settings, recipes, arms, judged)
+
+
+def runs_of(name, part):
+    """That file of the runs that an experiment reads."""
+    arms = study.experiments.trained_arms(name)
+    return expand("<results>/runs/{arm}/seed{seed}/{part}", arm=arms, seed=study.seeds, part=part)
+
+
 def arm_key(wildcards):
     return study.arm(wildcards.arm).hash
 
@@ -162,6 +181,19 @@ FIGURES = {
 }
 
 
+# experiment -> what its table and its figures show
+MEASURED = {
+    "inversion_error": {
+        "inversion_error": "Inversion error",
+        "inversion_levels": "Inversion error by noise level",
+        "inversion_pictures": "Inversion and sampling, side by side",
+    },
+    "precision": {"precision": "Precision of the surrogates"},
+    "audit": {"audit": "Gradient audit"},
+}
+STUDIED = {name: figures for name, figures in MEASURED.items() if name in study.experiments.measured}
+
+
 def shown(title, path, caption, category):
     """That output file as an entry of the report."""
     return report(path, caption=caption, category=category, labels={"shows": title})
@@ -174,9 +206,15 @@ SCORES = every_evaluation("scores")
 
 # What decides a stage's result beside its input files; an arm has a hash of its own.
 PREFERENCES_KEY = digest(
-    study.base, study.preferences, study.device, study.training.resolution, study.training.max_undecodable
+    study.base,
+    study.preferences,
+    study.device,
+    study.training.resolution,
+    study.training.max_undecodable,
+    *([PAIR_SCORER] if PAIR_SCORER else []),
 )
 EVALUATION_KEY = digest(
     study.base, study.prompts, study.device, study.precision, SETTINGS["scorers"], SETTINGS["sampling"]
 )
-EVIDENCE_KEY = digest(SETTINGS["arms"], SETTINGS["experiments"], SETTINGS["seeds"])
+COMPARED = {key: value for key, value in SETTINGS["experiments"].items() if key not in {*MEASURED, "held_out"}}
+EVIDENCE_KEY = digest(SETTINGS["arms"], COMPARED, SETTINGS["seeds"])

@@ -5,6 +5,7 @@ rule preferences:
     input:
         base=local(study.base),
         pairs=local(study.preferences),
+        scorer=local(*(PAIR_SCORER or {}).values()),
     output:
         pairs="<results>/preferences/pairs.parquet",
         cache="<results>/preferences/cache.safetensors",

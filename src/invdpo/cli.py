@@ -171,6 +171,30 @@ def figures(study: StudyOption, log_file: LogOption = None) -> None:
 
 
 @app.command()
+def experiment(
+    name: Annotated[str, typer.Argument(help="inversion_error, precision or audit, where the study has it.")],
+    study: StudyOption,
+    threads: ThreadsOption = None,
+    log_file: LogOption = None,
+) -> None:
+    """Run an experiment on held-out pairs: root/experiments/NAME/."""
+    config = _start(study, threads, log_file)
+    device = _device(config)
+    from invdpo.experiments.stage import run
+
+    log.info(str(run(config, name, device)))
+
+
+@app.command()
+def present(study: StudyOption, log_file: LogOption = None) -> None:
+    """Write the tables and figures of the experiments on held-out pairs: root/tables/ and root/figures/."""
+    config = _start(study, None, log_file)
+    from invdpo.evidence.experiments import write
+
+    write(config)
+
+
+@app.command()
 def claims(study: StudyOption, log_file: LogOption = None) -> None:
     """Judge the claims: root/claims.json and claims.md."""
     config = _start(study, None, log_file)
@@ -215,6 +239,15 @@ def tune(study: StudyOption, log_file: LogOption = None) -> None:
 
     for path in run(config):
         log.info(str(path))
+
+
+@app.command()
+def results(study: StudyOption) -> None:
+    """Say where the results of a study are and how to open each."""
+    config = _start(study)
+    from invdpo.places import places
+
+    typer.echo(places(config))
 
 
 @app.command()

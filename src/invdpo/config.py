@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 METHODS = Path("config/methods")
 NO_TRAINING = "no_training"
+MEASURED = ("inversion_error", "precision", "audit")  # the experiments on held-out pairs
 PREPARED = {"resolution", "max_undecodable"}  # training settings that `invdpo prepare` applies, once a study
 
 
@@ -175,8 +176,54 @@ class GridsConfig(Strict):
     prompts: PositiveInt = 6
 
 
+class InversionErrorConfig(Strict):
+    """How far sampling back from the end of an inversion misses the picture, for the base model."""
+
+    solvers: list[Literal["ddim", "dpm_solver", "edict", "fixed_point", "renoise"]] = Field(min_length=1)
+    steps: list[PositiveInt] = Field(min_length=1, description="numbers of inversion steps N")
+    guidance_scales: list[Annotated[float, Field(ge=0)]] = Field([1.0], min_length=1)
+    latents: PositiveInt = Field(description="winners of held-out pairs")
+    pictures: PositiveInt = Field(3, description="how many of them are shown on their way there and back")
+
+
+class RecipeEntry(Strict):
+    """A recipe, written as the arms are."""
+
+    method: str | None = Field(None, description="a name in config/methods or a path; null: the entry's own name")
+    recipe: dict[str, Any] = Field({}, description="overrides of the recipe")
+
+
+class PrecisionConfig(Strict):
+    """How well the log-ratio of each recipe agrees with the true one of trained policies."""
+
+    arms: list[Name] = Field(min_length=1, description="the policies: their last checkpoints, every seed")
+    recipes: dict[Name, RecipeEntry] = Field(min_length=1)
+    pairs: PositiveInt = Field(description="held-out pairs")
+    steps: list[PositiveInt] = Field(min_length=1, description="N of every recipe that inverts or has a grid")
+    truth_steps: PositiveInt = Field(description="N of the sampler whose likelihood is the truth")
+    truth: Literal["exact", "hutchinson"] = Field(
+        "exact", description="its log-determinants: exact, or by random probes"
+    )
+    probes: Annotated[int, Field(ge=2)] = Field(8, description="of hutchinson, a latent and step; policies share them")
+    draws: list[PositiveInt] = Field([1], min_length=1, description="draws that a recipe with random points averages")
+
+
+class AuditConfig(Strict):
+    """Where the gradient of each recipe points, before training and along it."""
+
+    arms: list[Name] = Field(min_length=1, description="their recipes, with the arm's overrides and beta")
+    policies: list[Name] = Field([], description="arms whose checkpoints are audited beside the base, first seed")
+    pairs: PositiveInt = Field(description="held-out pairs a batch")
+    batches: PositiveInt = Field(description="disjoint batches; an interval needs two")
+    images: PositiveInt = Field(description="images of the study's prompts that the reward's gradient is the mean of")
+    precisions: list[Literal["fp32", "bf16", "fp16"]] = ["fp32"]
+    roundings: list[Literal["none", "float16", "bfloat16", "gaussian"]] = Field(
+        ["none"], min_length=1, description="noise of the policy's weights: none, or of rounding size"
+    )
+
+
 class ExperimentsConfig(Strict):
-    """Which arms are set against each other in which table or figure."""
+    """Which arms are set against each other in which table or figure, and the experiments on held-out pairs."""
 
     comparison: ArmList | None = None
     q_vs_p: ArmList | None = None
@@ -187,14 +234,36 @@ class ExperimentsConfig(Strict):
         {}, description="arm with true labels -> control -> arm"
     )
     grids: GridsConfig | None = None
+    held_out: str | None = Field(
+        None,
+        description="pairs that no arm trains on, as `preferences`; null: those of the study's own no run has seen",
+    )
+    inversion_error: InversionErrorConfig | None = None
+    precision: PrecisionConfig | None = None
+    audit: AuditConfig | None = None
+
+    @property
+    def measured(self) -> list[str]:
+        """The experiments that this study has: each a stage of its own, of this name."""
+        return [name for name in MEASURED if getattr(self, name) is not None]
+
+    def trained_arms(self, experiment: str) -> list[str]:
+        """The arms whose runs an experiment reads."""
+        arms = {
+            "precision": self.precision.arms if self.precision else [],
+            "audit": self.audit.policies if self.audit else [],
+        }
+        return arms.get(experiment, [])
 
     def named_arms(self) -> dict[str, str]:
         """Place in the YAML -> arm named there."""
         places = {}
-        for field in ("comparison", "q_vs_p", "grids"):
+        for field in ("comparison", "q_vs_p", "grids", "precision", "audit"):
             entry = getattr(self, field)
             for number, arm in enumerate(entry.arms if entry else []):
                 places[f"experiments.{field}.arms[{number}]"] = arm
+        for number, arm in enumerate(self.audit.policies if self.audit else []):
+            places[f"experiments.audit.policies[{number}]"] = arm
         for family, points in self.inversion_steps.items():
             places |= {f"experiments.inversion_steps.{family}.{steps}": arm for steps, arm in points.items()}
         for true_arm, controls in self.controls.items():
@@ -378,6 +447,7 @@ def parse_study(data: Any, where: str) -> StudyConfig:
             )
     if study.tuning is not None:
         _check_tuning(study, study.tuning, where)
+    _check_measured(study, where)
     for name, entry in study.arms.items():
         study.arm(name)
         if entry.method != NO_TRAINING:
@@ -399,6 +469,30 @@ def _check_tuning(study: StudyConfig, tuning: TuningConfig, where: str) -> None:
         raise InvdpoError(f"{where}: `tuning.seeds` holds {shared}, which the study reports. Choose other seeds.")
     if tuning.prompts == study.prompts:
         raise InvdpoError(f"{where}: `tuning.prompts` is the study's own prompt file. Choose another.")
+
+
+def _check_measured(study: StudyConfig, where: str) -> None:
+    """What the experiments name must exist, and have what they look at."""
+    experiments = study.experiments
+    named = {"precision": experiments.precision, "audit": experiments.audit}
+    for name, settings in named.items():
+        for arm in dict.fromkeys([*(settings.arms if settings else []), *experiments.trained_arms(name)]):
+            if not study.arm(arm).trains:
+                raise InvdpoError(f"{where}: `experiments.{name}` names `{arm}`, which does not train. Leave it out.")
+    for label, entry in (experiments.precision.recipes if experiments.precision else {}).items():
+        try:
+            method_path(entry.method or label)
+        except InvdpoError as error:
+            raise InvdpoError(f"{where}: `experiments.precision.recipes.{label}`: {error}") from error
+    if experiments.audit is not None and study.scorers.pickscore is None:
+        raise InvdpoError(
+            f"{where}: `experiments.audit` needs `scorers.pickscore`, whose gradient it compares with. Add it, or "
+            "leave the audit out."
+        )
+    if experiments.held_out is not None and experiments.held_out == study.preferences:
+        raise InvdpoError(
+            f"{where}: `experiments.held_out` is the study's own `preferences`. Name others, or leave it out."
+        )
 
 
 def dump_study(study: StudyConfig) -> str:

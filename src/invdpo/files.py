@@ -47,6 +47,8 @@ def replace_when_done(path: Path) -> Iterator[Path]:
         if temporary.is_dir():
             remove(path)
         os.replace(temporary, path)
+        # Between two hard links of one file a rename does nothing, and both would stay.
+        remove(temporary)
     except BaseException as error:
         remove(temporary)
         if is_full_disk(error):

@@ -130,6 +130,22 @@ def test_missing_asset_and_broken_listing_are_named(tmp_path: Path) -> None:
         verify_checksums(tmp_path / "absent")
 
 
+def test_results_says_what_there_is_and_how_to_open_it(
+    tiny_study: MakeStudy, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = written(tiny_study())
+    assert invoke(monkeypatch, "results", "--study", study) == 0
+    assert "tiny has no results yet: make reproduce STUDY=tiny" in capsys.readouterr().out
+    Path("results/tiny/tables").mkdir(parents=True)
+    Path("results/tiny/mlflow.db").touch()
+    assert invoke(monkeypatch, "results", "--study", study) == 0
+    said = capsys.readouterr().out
+    assert "results/tiny/tables: csv, md, tex" in said
+    assert "make mlflow STUDY=tiny" in said
+    assert "make report STUDY=tiny writes it" in said
+    assert "figures" not in said
+
+
 def test_schema_is_written(tiny_study: MakeStudy, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_study()
     assert invoke(monkeypatch, "schema", "out/schema.json") == 0
@@ -155,6 +171,7 @@ def test_help_is_quick_and_needs_neither_torch_nor_diffusers() -> None:
         "claims",
         "mlflow",
         "publish",
+        "results",
         "check",
         "world",
     )

@@ -18,7 +18,7 @@ STUDIES = sorted(
 )
 # These decide no number of a stage: wording of errors, how files are written, what is noted about a run, the
 # command line. A study's settings reach each rule through its key.
-NEUTRAL = {"__init__", "evidence/__init__", "cli", "config", "errors", "files", "provenance", "types"}
+NEUTRAL = {"__init__", "evidence/__init__", "cli", "config", "errors", "files", "places", "provenance", "types"}
 
 
 def environment(folder: Path) -> dict[str, str]:
@@ -84,7 +84,20 @@ def test_every_study_has_a_graph(study: str, tmp_path: Path) -> None:
     planned = jobs(snakemake(folder, "--configfile", f"config/{study}.yaml", "--dry-run"))
     assert planned["preferences"] == planned["tables"] == planned["figures"] == planned["claims"] == 1
     assert planned["train"] == planned["evaluate"] > 0
+    assert planned["inversion_error"] == planned["precision"] == planned["audit"] == planned["present"] == 1
     assert not (folder / "results").exists(), "a dry run writes nothing"
+
+
+def test_a_study_without_experiments_has_no_rule_for_them(tmp_path: Path) -> None:
+    folder = copy_tree(tmp_path / "tree")
+    config = folder / "config" / "smoke.yaml"
+    text = config.read_text()
+    start, end = text.index("  inversion_error:"), text.index("claims:")
+    config.write_text(text[:start] + text[end:])
+    planned = jobs(snakemake(folder, "--configfile", "config/smoke.yaml", "--dry-run"))
+    assert planned["tables"] == 1 and {"inversion_error", "precision", "audit", "present"}.isdisjoint(planned)
+    text = snakemake(folder, "results/smoke/tables/audit.csv", "--configfile", "config/smoke.yaml", "-n", check=False)
+    assert "MissingRuleException" in text
 
 
 def test_default_study_is_shapes_and_small_enough(tmp_path: Path) -> None:
@@ -145,6 +158,8 @@ STAGES = {
     "claims": "evidence/claims",
     "mlflow": "tracking/__init__",
     "tune": "tuning",
+    "experiments": "experiments/stage",
+    "present": "evidence/experiments",
 }
 
 
@@ -169,7 +184,10 @@ def test_each_stage_watches_the_code_it_runs(stage: str) -> None:
 def test_smoke_runs_and_says_where_the_results_are(copies: tuple[Path, Path]) -> None:
     folder = copies[0]
     output = (folder / "output.txt").read_text()
-    for name in ("tables/table1.csv", "figures/fig3.pdf", "claims.json", "mlflow.db"):
+    files = ["tables/table1.csv", "figures/fig3.pdf", "claims.json", "mlflow.db"]
+    files += [f"tables/{name}.md" for name in ("inversion_error", "precision", "audit")]
+    files += [f"figures/{name}.png" for name in ("inversion_error", "inversion_pictures", "precision", "audit")]
+    for name in files:
         assert (folder / "results" / "smoke" / name).stat().st_size > 0
     for words in (
         "results/smoke/tables:",
@@ -214,11 +232,16 @@ def test_edits_rerun_what_they_touch_and_no_more(copies: tuple[Path, Path]) -> N
     config.write_text(text.replace("seed: 2025", "seed: 7"))
     again = jobs(snakemake(folder, *dry))
     assert "train" not in again and again["evaluate"] == everything["evaluate"]
+    assert again["audit"] == 1 and {"inversion_error", "precision"}.isdisjoint(again)
+
+    config.write_text(text.replace("latents: 4", "latents: 5"))
+    assert jobs(snakemake(folder, *dry)) == {"inversion_error": 1, "present": 1, "all": 1}
 
     one_arm = "\n  diffusion_dpo: {method: diffusion_dpo, training: {learning_rate: 1.23e-5}}\n"
     config.write_text(text.replace("\n  diffusion_dpo: {method: diffusion_dpo}\n", one_arm))
     again = jobs(snakemake(folder, *dry))
-    assert (again["train"], again["evaluate"]) == (1, 1)
+    assert (again["train"], again["evaluate"], again["precision"], again["audit"]) == (1, 1, 1, 1)
+    assert "inversion_error" not in again
     config.write_text(text)
 
     code = folder / "src" / "invdpo" / "evidence" / "tables.py"

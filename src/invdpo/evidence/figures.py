@@ -55,15 +55,21 @@ CURVES = {"fig3": "pickscore", "fig_s7": "aesthetic", "fig_s8": "clip", "fig_ora
 
 def method_colour(study: StudyConfig, arm: str) -> str:
     """The fixed colour of an arm's method; other methods share the remaining colours in the order of the study."""
-    method = Path(study.arms[arm].method).stem
-    if method in COLOURS:
-        return COLOURS[method]
-    others = list(dict.fromkeys(Path(entry.method).stem for entry in study.arms.values()))
-    others = [name for name in others if name not in COLOURS]
-    return (ORANGE, SKY, GREEN, YELLOW, PURPLE)[others.index(method) % 5]
+    return colour_of(study.arms[arm].method, [entry.method for entry in study.arms.values()])
 
 
-def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, np.ndarray]:
+def colour_of(method: str, methods: list[str]) -> str:
+    """The fixed colour of a recipe (a name or path), one of all `methods` that share a figure."""
+    name = Path(method).stem
+    if name in COLOURS:
+        return COLOURS[name]
+    others = [other for other in dict.fromkeys(Path(path).stem for path in methods) if other not in COLOURS]
+    return (ORANGE, SKY, GREEN, YELLOW, PURPLE)[others.index(name) % 5]
+
+
+def new_figure(
+    width: float, height: float, rows: int = 1, columns: int = 1, **options: Any
+) -> tuple[Figure, np.ndarray]:
     """A figure (inches) with a grid of axes, and the style of the study."""
     import matplotlib
 
@@ -105,7 +111,7 @@ def save(figure: Figure, folder: Path, name: str) -> list[Path]:
 
 def placeholder(text: str) -> Figure:
     """A figure that says why there is nothing to draw, so that every declared file exists."""
-    figure, axes = _figure(6, 1.5)
+    figure, axes = new_figure(6, 1.5)
     axes[0, 0].axis("off")
     axes[0, 0].text(0.5, 0.5, text, ha="center", va="center", color=GREY)
     return figure
@@ -164,13 +170,15 @@ def _curve_intervals(evidence: Evidence, arm: str, base: str | None, scorer: str
 
 def curves(evidence: Evidence, metric: str) -> Figure:
     """Mean score of every arm of the comparison against optimizer steps, UNet evaluations and training seconds."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
     study = evidence.study
     scorer = evidence.primary if metric == "primary" else metric
     base = baseline_arm(study)
     arms = [arm for arm in comparison_arms(study) if evidence.has(arm, scorer) and evidence.scores[arm].trained]
     if not arms:
         return placeholder(f"{scorer_title(scorer)}: no arm of the comparison has this score")
-    figure, axes = _figure(11.4, 3.6, 1, 3, sharey=True)
+    figure, axes = new_figure(11.4, 3.6, 1, 3, sharey=True)
     figure.subplots_adjust(left=0.07, right=0.785, bottom=0.15, top=0.90, wspace=0.10)
     panels = axes[0]
     has_base = base is not None and evidence.has(base, scorer)
@@ -199,6 +207,10 @@ def curves(evidence: Evidence, metric: str) -> Figure:
         panel.set_axisbelow(True)
     panels[0].set_xlabel("optimizer steps")
     panels[1].set_xscale("log")
+    # Decades alone are too few ticks here, and matplotlib's own labels between them overlap.
+    panels[1].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panels[1].xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    panels[1].xaxis.set_minor_formatter(NullFormatter())
     panels[1].set_xlabel("UNet evaluations (log scale)")
     panels[2].set_xlabel("training seconds (this machine)")
     for panel in (panels[0], panels[2]):
@@ -248,7 +260,8 @@ def _label_ends(
         panel.text(1.075, place, shown, transform=to_axes, color=ink, va="center", ha="left", fontsize=7)
 
 
-def _error(panel: Axes, x: float, interval: Interval, colour: str) -> None:
+def whisker(panel: Axes, x: float, interval: Interval, colour: str) -> None:
+    """The interval as a vertical line at x."""
     panel.plot([x, x], [interval.low, interval.high], color=colour, linewidth=1.1, zorder=4)
 
 
@@ -262,7 +275,7 @@ def controls(evidence: Evidence) -> Figure:
     groups = {method: arms for method, arms in groups.items() if arms}
     if not groups or base is None or not evidence.has(base, scorer):
         return placeholder("No control has been scored")
-    figure, axes = _figure(max(4.5, 1.1 + 1.75 * len(groups)), 3.6)
+    figure, axes = new_figure(max(4.5, 1.1 + 1.75 * len(groups)), 3.6)
     panel = axes[0, 0]
     order = [labels for labels in ("true", "shuffled", "swapped") if any(labels in arms for arms in groups.values())]
     width = 0.8 / len(order)
@@ -276,7 +289,7 @@ def controls(evidence: Evidence) -> Figure:
             face = {"true": colour, "shuffled": "white", "swapped": "white"}[labels]
             panel.bar(x, gain.estimate, width * 0.88, facecolor=face, edgecolor=colour, linewidth=1,
                       hatch="/////" if labels == "swapped" else None, zorder=3)  # fmt: skip
-            _error(panel, x, gain, BLACK if colour != BLACK or labels != "true" else GREY)
+            whisker(panel, x, gain, BLACK if colour != BLACK or labels != "true" else GREY)
             if gain.low == gain.high:
                 panel.plot([x], [gain.estimate], marker="_", color=colour, markersize=7, zorder=4)
     panel.axhline(0, color=BLACK, linewidth=0.7, zorder=2)
@@ -307,7 +320,7 @@ def inversion_steps(evidence: Evidence) -> Figure:
     if not families or not metrics or base is None:
         return placeholder("No inversion-step ablation has been scored")
     counts = sorted({n for arms in families.values() for n in arms})
-    figure, axes = _figure(1.8 + 2.35 * len(metrics), 3.2, 1, len(metrics))
+    figure, axes = new_figure(1.8 + 2.35 * len(metrics), 3.2, 1, len(metrics))
     figure.subplots_adjust(left=0.95 / figure.get_figwidth(), right=0.99, bottom=0.15, top=0.78, wspace=0.36)
     handles = {}
     for panel, scorer in zip(axes[0], metrics, strict=True):
@@ -325,7 +338,7 @@ def inversion_steps(evidence: Evidence) -> Figure:
                 zorder=3, label=arm_title(family),
             )  # fmt: skip
             for place, gain in zip(x, gains, strict=True):
-                _error(panel, place, gain, colour)
+                whisker(panel, place, gain, colour)
         panel.axhline(0, color=GREY, linestyle=(0, (2, 2)), linewidth=1)
         panel.set_xticks(range(len(counts)), [str(n) for n in counts])
         panel.set_xlim(-0.35, len(counts) - 0.65)
@@ -373,7 +386,7 @@ def grid(evidence: Evidence) -> Figure:
     size, text_width, head = 1.25, 1.65, 0.75
     row_height = size + 0.2
     width, height = text_width + size * len(arms), head + row_height * len(chosen)
-    figure, axes = _figure(width, height, len(chosen), len(arms))
+    figure, axes = new_figure(width, height, len(chosen), len(arms))
     for row, prompt in enumerate(chosen):
         for column, arm in enumerate(arms):
             panel = axes[row, column]

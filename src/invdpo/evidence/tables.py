@@ -150,13 +150,24 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def _record(prefix: str, interval: Interval | None) -> dict[str, Any]:
+def write_table(folder: Path, name: str, table: Table) -> list[Path]:
+    """Write folder/name.{csv,md,tex}; the paths written."""
+    paths = []
+    for suffix, render in (("csv", to_csv), ("md", to_markdown), ("tex", to_tex)):
+        paths.append(folder / f"{name}.{suffix}")
+        write_text(paths[-1], render(table))
+    return paths
+
+
+def record_of(prefix: str, interval: Interval | None) -> dict[str, Any]:
+    """The three fields of an interval in a csv record; none where there is no interval."""
     if interval is None:
         return {}
     return {prefix: interval.estimate, f"{prefix}_low": interval.low, f"{prefix}_high": interval.high}
 
 
-def _triple(prefix: str) -> list[str]:
+def triple(prefix: str) -> list[str]:
+    """Their column names."""
     return [prefix, f"{prefix}_low", f"{prefix}_high"]
 
 
@@ -211,8 +222,8 @@ def table1(evidence: Evidence) -> Table:
     papers = [(scorer, world) for scorer in ("pickscore", "clip", "aesthetic") for world in ("sdxl", "sd15")]
     columns = ["arm", "status", "seeds", "prompts", "optimizer_steps", "pairs_seen", "unet_evals"]
     for scorer in scorers:
-        columns += _triple(scorer) + _triple(f"{scorer}_minus_base")
-    columns += _triple(f"{primary}_win_rate") + [f"paper_{scorer}_{world}" for scorer, world in papers]
+        columns += triple(scorer) + triple(f"{scorer}_minus_base")
+    columns += triple(f"{primary}_win_rate") + [f"paper_{scorer}_{world}" for scorer, world in papers]
     records, means, gains, other = [], [], [], []
     for arm in arms:
         done = evidence.has(arm)
@@ -224,11 +235,11 @@ def table1(evidence: Evidence) -> Table:
         for scorer in scorers:
             mean = _mean(evidence, arm, scorer)
             gain = _difference(evidence, arm, base, scorer) if base and arm != base else None
-            record |= _record(scorer, mean) | _record(f"{scorer}_minus_base", gain)
+            record |= record_of(scorer, mean) | record_of(f"{scorer}_minus_base", gain)
             mean_cells.append(_text(mean))
             gain_cells.append("–" if arm == base else _text(gain, sign=True))
         wins = _wins(evidence, arm, base, primary) if base and arm != base else None
-        record |= _record(f"{primary}_win_rate", wins)
+        record |= record_of(f"{primary}_win_rate", wins)
         for scorer, world in papers:
             record[f"paper_{scorer}_{world}"] = _paper(study, arm, "1", scorer, world)
         records.append(record)
@@ -260,7 +271,7 @@ def table3(evidence: Evidence) -> Table:
     papers = ("pickscore", "clip", "aesthetic")
     columns = ["family", "inversion_steps", "arm", "status", "optimizer_steps", "unet_evals"]
     for scorer in scorers:
-        columns += _triple(scorer) + _triple(f"{scorer}_minus_fewest")
+        columns += triple(scorer) + triple(f"{scorer}_minus_fewest")
     columns += [f"paper_{scorer}_sdxl" for scorer in papers]
     records, means, gains = [], [], []
     for family, arms in step_families(study).items():
@@ -273,7 +284,7 @@ def table3(evidence: Evidence) -> Table:
             for scorer in scorers:
                 mean = _mean(evidence, arm, scorer)
                 gain = _difference(evidence, arm, fewest, scorer) if arm != fewest else None
-                record |= _record(scorer, mean) | _record(f"{scorer}_minus_fewest", gain)
+                record |= record_of(scorer, mean) | record_of(f"{scorer}_minus_fewest", gain)
                 mean_cells.append(_text(mean))
                 gain_cells.append("–" if arm == fewest else _text(gain, sign=True))
             for scorer in papers:
@@ -297,7 +308,7 @@ def table_s5(evidence: Evidence) -> Table:
     arms = list(study.experiments.q_vs_p.arms) if study.experiments.q_vs_p else []
     columns = ["row", "status", "optimizer_steps", "unet_evals"]
     for scorer in scorers:
-        columns += _triple(scorer)
+        columns += triple(scorer)
     papers = [(scorer, world) for scorer in ("pickscore", "clip", "aesthetic") for world in ("sdxl", "sd15")]
     columns += [f"paper_{scorer}_{world}" for scorer, world in papers]
     records, rows = [], []
@@ -307,7 +318,7 @@ def table_s5(evidence: Evidence) -> Table:
         cells = []
         for scorer in scorers:
             mean = _mean(evidence, arm, scorer)
-            record |= _record(scorer, mean)
+            record |= record_of(scorer, mean)
             cells.append(_text(mean))
         record |= {f"paper_{s}_{w}": _paper(study, arm, "s5", s, w) for s, w in papers}
         records.append(record)
@@ -320,7 +331,7 @@ def table_s5(evidence: Evidence) -> Table:
         cells = []
         for scorer in scorers:
             gain = _difference(evidence, last, first, scorer)
-            record |= _record(scorer, gain)
+            record |= record_of(scorer, gain)
             cells.append(_text(gain, sign=True))
         for scorer, world in papers:
             values = [_paper(study, arm, "s5", scorer, world) for arm in (last, first)]
@@ -345,7 +356,7 @@ def controls(evidence: Evidence) -> Table:
     """What each method gains over the base model with true, shuffled and swapped labels, and true minus control."""
     study, primary = evidence.study, evidence.primary
     base = baseline_arm(study)
-    columns = ["method", "labels", "arm", "status", "scorer"] + _triple("minus_base") + _triple("true_minus_control")
+    columns = ["method", "labels", "arm", "status", "scorer"] + triple("minus_base") + triple("true_minus_control")
     records, by_scorer = [], {scorer: [] for scorer in evidence.scorers}
     for method, arms in control_arms(study).items():
         for labels, arm in {"true": method, **arms}.items():
@@ -354,7 +365,7 @@ def controls(evidence: Evidence) -> Table:
                 margin = _difference(evidence, method, arm, scorer) if labels != "true" else None
                 status = "ok" if evidence.has(arm, scorer) else NOT_RUN
                 record = {"method": method, "labels": labels, "arm": arm, "status": status, "scorer": scorer}
-                records.append(record | _record("minus_base", gain) | _record("true_minus_control", margin))
+                records.append(record | record_of("minus_base", gain) | record_of("true_minus_control", margin))
                 shown = "–" if labels == "true" else _text(margin, sign=True)
                 by_scorer[scorer].append([arm_title(method), labels, _text(gain, sign=True), shown])
     order = [primary, *[s for s in evidence.scorers if s != primary]] if primary in by_scorer else evidence.scorers
@@ -383,14 +394,9 @@ TABLES = {"table1": table1, "table3": table3, "table_s5": table_s5, "controls": 
 def write(study: StudyConfig) -> list[Path]:
     """Write root/tables/{table1,table3,table_s5,controls,costs}.{csv,md,tex} and root/costs.json; the paths written."""
     evidence = load_evidence(study)
-    folder = study.root / "tables"
     written = []
     for name, build in TABLES.items():
-        table = build(evidence)
-        for suffix, render in (("csv", to_csv), ("md", to_markdown), ("tex", to_tex)):
-            path = folder / f"{name}.{suffix}"
-            write_text(path, render(table))
-            written.append(path)
+        written += write_table(study.root / "tables", name, build(evidence))
     spent = {}
     for arm, logs in evidence.logs.items():
         for seed, log in logs.items():

@@ -1,0 +1,337 @@
+"""The experiments as stages of a study: from its files to root/experiments/<name>/, csv files and provenance.json.
+
+All run in fp32, whatever the study's precision: what they measure is smaller than the rounding of the others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from heapq import nsmallest
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from invdpo.backbones import sd15
+from invdpo.errors import InvdpoError
+from invdpo.evaluate import _checkpoints
+from invdpo.experiments.audit import Drawing, audit, decoder, pickscore, reward_gradient, summary
+from invdpo.experiments.inversion_error import inversion_errors, side_by_side
+from invdpo.experiments.precision import Pairs, agreement, log_ratios, true_log_prob
+from invdpo.files import replace_when_done, write_json
+from invdpo.objectives import Recipe, load_recipe
+from invdpo.preferences.cache import ENCODED_AT_ONCE, PreferenceCache, load_cache, square
+from invdpo.preferences.reader import Counts, Pair, check_columns, find_files, read_pairs
+from invdpo.prompts import read_prompts
+from invdpo.provenance import stamp
+from invdpo.sampling import decode, prompt_generator
+from invdpo.scorers import build_scorers
+from invdpo.training.data import draw, pair_order
+from invdpo.types import Conditioning, select
+
+if TYPE_CHECKING:
+    from invdpo.config import AuditConfig, InversionErrorConfig, PrecisionConfig, StudyConfig
+
+SHOWN_LEVELS = 6  # of a trajectory, x_0 and x_T included
+LATENTS_A_CALL = 256  # of a network, where the study sets no chunk
+
+# file name -> its rows: csv, or parquet for pictures
+Files = dict[str, pd.DataFrame]
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """P pairs that no run was trained on. captions (P,): their prompts. ids (P,): their places among the source's."""
+
+    pairs: Pairs
+    captions: list[str]
+    ids: list[int]
+
+
+class Counter:
+    """eps-models whose network evaluations are counted: a forward pass of one latent as 1, its backward pass as 2."""
+
+    def __init__(self) -> None:
+        self.evaluations = 0
+
+    def eps_model(self, unet: Any, dtype: torch.dtype = torch.float32) -> Callable[..., Tensor]:
+        """The UNet as an eps-model, its passes in `dtype`."""
+        model = sd15.UNetEps(unet, dtype)
+
+        def count(passes: int) -> None:
+            self.evaluations += passes
+
+        def counted(x: Tensor, t: Tensor, cond: Conditioning | None) -> Tensor:
+            eps = model(x, t, cond)
+            count(len(x))
+            if eps.requires_grad:
+                eps.register_hook(lambda _: count(2 * len(x)))
+            return eps
+
+        return counted
+
+
+def run(study: StudyConfig, name: str, device: torch.device) -> Path:
+    """Run one experiment of the study; returns its folder, root/experiments/<name>.
+
+    inversion_error: errors.csv (a row a setting and latent), levels.csv, pictures.parquet. precision: latents.csv,
+    agreement.csv. audit: gradients.csv (a row a setting and batch), summary.csv. Raises InvdpoError for an experiment
+    that the study has not, too few held-out pairs, missing runs, and as the experiment itself does.
+    """
+    if name not in study.experiments.measured:
+        has = ", ".join(study.experiments.measured) or "none"
+        raise InvdpoError(f"Study `{study.study}` has no `experiments.{name}`; those it has: {has}.")
+    started, counter = time.time(), Counter()
+    settings = getattr(study.experiments, name)
+    files, notes = EXPERIMENTS[name](study, settings, device, counter)
+    folder = study.root / "experiments" / name
+    for file, rows in files.items():
+        with replace_when_done(folder / file) as temporary:
+            if file.endswith(".csv"):
+                rows.to_csv(temporary, index=False, float_format="%.9g", lineterminator="\n")
+            else:
+                rows.to_parquet(temporary, index=False)
+    content = settings.model_dump(mode="json")
+    config_hash = hashlib.sha256(repr(sorted(content.items())).encode()).hexdigest()[:16]
+    provenance = stamp(
+        study,
+        config_hash=config_hash,
+        device=device,
+        dtype="float32",
+        started=started,
+        unet_evals=counter.evaluations,
+    )
+    write_json(folder / "provenance.json", provenance | {"experiment": name, "settings": content} | notes)
+    return folder
+
+
+def unseen_pairs(study: StudyConfig, arms: Sequence[str], pairs: int) -> list[int]:
+    """Which of a cache's `pairs` no seed of those arms is trained on, ascending."""
+    seen: set[int] = set()
+    for training in (study.arm(arm).training for arm in arms):
+        for seed in study.seeds:
+            # A step's pairs are consecutive entries of one order, so those of all steps are one long step's.
+            seen.update(pair_order(seed, 1, training.steps * training.batch, pairs))
+    return sorted(set(range(pairs)) - seen)
+
+
+def held_out(study: StudyConfig, arms: Sequence[str], count: int, device: torch.device) -> HeldOut:
+    """`count` pairs of `experiments.held_out`, or else of the study's own, that no seed of those arms is trained on.
+
+    Which ones depends on the source alone, so a larger count keeps the pairs of a smaller one. Latents are drawn from
+    the VAE's posterior as in training. Raises InvdpoError where fewer are left.
+    """
+    source, folder = study.experiments.held_out, study.root / "preferences"
+    if source is None:
+        cache = load_cache(folder, device)
+        ids = rows = nsmallest(count, unseen_pairs(study, arms, len(cache)), key=_rank)
+        texts = pd.read_parquet(folder / "pairs.parquet", columns=["caption"])["caption"]
+        captions = [str(texts[row]) for row in rows]
+        _check_count(study, arms, len(ids), count)
+    else:
+        known = pd.read_parquet(folder / "pairs.parquet", columns=["winner_sha256", "loser_sha256"])
+        files = find_files(source)
+        check_columns(files)
+        unknown = _without(read_pairs(files, Counts()), set(known.to_numpy().ravel()))
+        pairs = nsmallest(count, unknown, key=lambda pair: _rank(pair.row))
+        _check_count(study, arms, len(pairs), count)
+        ids, captions, rows = [pair.row for pair in pairs], [pair.caption for pair in pairs], list(range(count))
+        cache = _encoded(study, pairs, device)
+    # No step of training has the number 0.
+    batch = draw(cache, torch.zeros(len(cache), dtype=torch.bool), rows, 0, 0, 0, caption_dropout=0.0)
+    return HeldOut(Pairs(batch.x0_win, batch.x0_lose, batch.cond), captions, ids)
+
+
+def _check_count(study: StudyConfig, arms: Sequence[str], found: int, count: int) -> None:
+    if found < count:
+        source = study.experiments.held_out
+        where = f"`experiments.held_out: {source}`" if source else f"`preferences: {study.preferences}`"
+        runs = ", ".join(f"`{arm}`" for arm in arms) or "the study"
+        raise InvdpoError(
+            f"{found} pairs of {where} were never trained on by {runs}, and {count} are needed. Ask for fewer, or name "
+            "a file of other pairs in `experiments.held_out`."
+        )
+
+
+def _rank(place: int) -> str:
+    """A fixed random order of all places."""
+    return hashlib.sha256(f"{place}:held out".encode()).hexdigest()
+
+
+def _without(pairs: Iterable[Pair], known: set[str]) -> Iterator[Pair]:
+    """The pairs with neither image among the known sha256 digests."""
+    for pair in pairs:
+        if not known & {hashlib.sha256(image).hexdigest() for image in (pair.winner, pair.loser)}:
+            yield pair
+
+
+def _encoded(study: StudyConfig, pairs: list[Pair], device: torch.device) -> PreferenceCache:
+    """Pairs encoded as `prepare` encodes them."""
+    vae, text = sd15.load_vae(study.base, device), sd15.load_text(study.base, device)
+    images = [image for pair in pairs for image in (pair.winner_image, pair.loser_image)]
+    squares = torch.stack([square(image, study.training.resolution) for image in images])
+    parts = [sd15.encode_images(vae, part.to(device)) for part in squares.split(ENCODED_AT_ONCE)]
+    mean, std = (torch.cat(part) for part in zip(*parts, strict=True))
+    return PreferenceCache(
+        win_mean=mean[0::2],
+        win_std=std[0::2],
+        lose_mean=mean[1::2],
+        lose_std=std[1::2],
+        embeds=sd15.encode_prompts(text, [pair.caption for pair in pairs]),
+        uncond=sd15.encode_prompts(text, [""]),
+        caption_index=torch.arange(len(pairs), device=device),
+        key="held out",
+    )
+
+
+def _inversion_error(
+    study: StudyConfig, settings: InversionErrorConfig, device: torch.device, counter: Counter
+) -> tuple[Files, dict[str, Any]]:
+    """The base model's inversions of winners, with the study's scores of what comes back."""
+    held = held_out(study, [], settings.latents, device)
+    schedule, vae = sd15.load_schedule(study.base), sd15.load_vae(study.base, device)
+    base = counter.eps_model(sd15.load_unet(study.base, device).requires_grad_(False))
+    scorers = build_scorers(study.scorers, device)
+
+    def scored(latents: Tensor) -> dict[str, np.ndarray]:
+        pictures = [Image.fromarray(pixels) for pixels in decode(vae, latents)]
+        return {name: v for scorer in scorers for name, v in scorer.score(pictures, held.captions).items()}
+
+    x0, cond = held.pairs.win, held.pairs.cond
+    scales = settings.guidance_scales
+    found = inversion_errors(base, x0, cond, schedule, settings.solvers, settings.steps, scales, scored)
+    shown = torch.arange(min(settings.pictures, len(x0)))
+    pictures = []
+    for steps in sorted({min(settings.steps), max(settings.steps)}):
+        columns = min(SHOWN_LEVELS, steps + 1)
+        ways = side_by_side(
+            base, x0[: len(shown)], select(cond, shown), schedule, settings.solvers[0], steps, columns, scales[0]
+        )
+        for way, latents in (("inversion", ways.inversion), ("sampling", ways.sampling)):
+            for level, timestep in enumerate(ways.timesteps.tolist()):
+                for picture, pixels in enumerate(decode(vae, latents[level])):
+                    place = {"steps": steps, "picture": picture, "caption": held.captions[picture], "way": way}
+                    pictures.append(place | {"level": level, "timestep": timestep, "png": _png(pixels)})
+    files = {"errors.csv": found.errors, "levels.csv": found.levels, "pictures.parquet": pd.DataFrame(pictures)}
+    return files, {"held_out": held.ids, "scorer_versions": [scorer.version for scorer in scorers]}
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def precision_settings(settings: PrecisionConfig) -> list[tuple[Recipe, int]]:
+    """Every recipe, named as its entry, at every N (unless its entry has one) and, where it draws, number of draws."""
+    found = []
+    for label, entry in settings.recipes.items():
+        recipe = load_recipe(entry.method or label).with_overrides(entry.recipe | {"name": label})
+        fixed = recipe.trajectory.steps is None or "steps" in entry.recipe.get("trajectory", {})
+        grids = [None] if fixed else settings.steps
+        draws = [1] if recipe.trajectory.kind == "inversion" and recipe.timesteps == "all" else settings.draws
+        for steps in grids:
+            at = recipe if steps is None else recipe.with_overrides({"trajectory": {"steps": steps}})
+            found += [(at, count) for count in draws]
+    return found
+
+
+def _precision(
+    study: StudyConfig, settings: PrecisionConfig, device: torch.device, counter: Counter
+) -> tuple[Files, dict[str, Any]]:
+    """Surrogate and true log-ratios of held-out latents under the last checkpoint of every arm and seed."""
+    held = held_out(study, settings.arms, settings.pairs, device)
+    schedule, recipes = sd15.load_schedule(study.base), precision_settings(settings)
+    chunk = study.training.chunk or LATENTS_A_CALL
+    folders = {
+        (arm, seed): _checkpoints(study, study.arm(arm), seed)[-1].folder
+        for arm in settings.arms
+        for seed in study.seeds
+    }
+
+    def load(folder: str) -> Callable[..., Tensor]:
+        return counter.eps_model(sd15.load_unet(folder, device).requires_grad_(False))
+
+    def log_prob(eps_model: Callable[..., Tensor]) -> Tensor:
+        steps, probes = settings.truth_steps, settings.probes
+        return true_log_prob(eps_model, held.pairs, schedule, steps, settings.truth, probes=probes, chunk=chunk)
+
+    reference = load(study.base)
+    before, frames = log_prob(reference), []
+    for (arm, seed), folder in tqdm(folders.items(), unit="policy", desc="precision"):
+        policy = load(folder)
+        truth = log_prob(policy) - before
+        rows = log_ratios(f"{arm}/seed{seed}", policy, reference, held.pairs, schedule, truth, recipes, chunk=chunk)
+        frames.append(rows.assign(arm=arm, seed=seed))
+    latents = pd.concat(frames, ignore_index=True)
+    names = latents[["policy", "arm", "seed"]].drop_duplicates()
+    files = {"latents.csv": latents, "agreement.csv": agreement(latents).merge(names, on="policy", how="left")}
+    return files, {"held_out": held.ids, "policies": [study.arm(arm).hash for arm in settings.arms]}
+
+
+def _audit(
+    study: StudyConfig, settings: AuditConfig, device: torch.device, counter: Counter
+) -> tuple[Files, dict[str, Any]]:
+    """The recipes' gradients at the base and at checkpoints, beside the gradient of PickScore through the sampler."""
+    from invdpo.scorers.pickscore import PickScore
+
+    held = held_out(study, settings.policies, settings.pairs * settings.batches, device)
+    schedule, seed, scorer = sd15.load_schedule(study.base), study.seeds[0], study.scorers.pickscore
+    assert scorer is not None  # the study is valid
+    reward = pickscore(PickScore(scorer.model, device, processor=scorer.processor))
+    policies = {"initial": sd15.load_unet(study.base, device)}
+    for arm in settings.policies:
+        for checkpoint in _checkpoints(study, study.arm(arm), seed):
+            policies[f"{arm}/step{checkpoint.step}"] = sd15.load_unet(checkpoint.folder, device)
+    recipes = [study.arm(arm).recipe.with_overrides({"name": arm}) for arm in settings.arms]
+    drawing = _drawing(study, settings.images, device)
+    rewards = {
+        name: reward_gradient(policy, drawing, reward, wrap=counter.eps_model)[0]
+        for name, policy in tqdm(policies.items(), unit="policy", desc="audit: reward")
+    }
+    rows = audit(
+        recipes,
+        policies,
+        policies["initial"],
+        held.pairs,
+        settings.pairs,
+        schedule,
+        rewards,
+        settings.precisions,
+        settings.roundings,
+        chunk=study.training.chunk,
+        wrap=counter.eps_model,
+    )
+    hashes = [study.arm(arm).hash for arm in settings.policies]
+    return {"gradients.csv": rows, "summary.csv": summary(rows)}, {"held_out": held.ids, "policies": hashes}
+
+
+def _drawing(study: StudyConfig, count: int, device: torch.device) -> Drawing:
+    """How the study's evaluation draws its first `count` prompts."""
+    prompts = read_prompts(study.prompts, count)
+    text, vae = sd15.load_text(study.base, device), sd15.load_vae(study.base, device).requires_grad_(False)
+    uncond = sd15.encode_prompts(text, [""]).expand(len(prompts), -1, -1)
+    side = study.training.resolution // 2 ** (len(vae.config["block_out_channels"]) - 1)
+    shape = (int(vae.config["latent_channels"]), side, side)
+    seeds = [prompt_generator(study.sampling.seed, prompt_id) for prompt_id in range(len(prompts))]
+    return Drawing(
+        prompts=prompts,
+        cond=Conditioning(sd15.encode_prompts(text, prompts), uncond=Conditioning(uncond)),
+        noise=torch.stack([torch.randn(shape, generator=seed) for seed in seeds]).to(device),
+        schedule=sd15.load_schedule(study.base),
+        steps=study.sampling.steps,
+        guidance_scale=study.sampling.guidance_scale,
+        decode=decoder(vae),
+    )
+
+
+EXPERIMENTS = {"inversion_error": _inversion_error, "precision": _precision, "audit": _audit}
