@@ -476,7 +476,8 @@ def _check_measured(study: StudyConfig, where: str) -> None:
     experiments = study.experiments
     named = {"precision": experiments.precision, "audit": experiments.audit}
     for name, settings in named.items():
-        for arm in dict.fromkeys([*(settings.arms if settings else []), *experiments.trained_arms(name)]):
+        arms: list[str] = [*(settings.arms if settings else []), *experiments.trained_arms(name)]
+        for arm in arms:
             if not study.arm(arm).trains:
                 raise InvdpoError(f"{where}: `experiments.{name}` names `{arm}`, which does not train. Leave it out.")
     for label, entry in (experiments.precision.recipes if experiments.precision else {}).items():
