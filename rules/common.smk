@@ -36,27 +36,17 @@ LOCK = lock_hash()
 
 # Nor does it see through a command line: these modules of the package decide the numbers of each stage, and a hash of their
 # syntax is a parameter too. Comments, the wording of errors and how files are written change no number.
-ENCODING = ("preferences", "backbones", "schedule", "device")
+# Preparing the pairs scores them too, where a method weights them by PickScore.
+SCORING = ("scorers/pickscore", "scorers/openclip", "scorers/weights")
+ENCODING = ("preferences", "backbones", "schedule", "device", *SCORING)
 TRAINING = (*ENCODING, "training", "objectives", "inversion", "types")
 WORLD = ("world/oracle", "world/parser", "world/render", "world/scenes")
 EVALUATION = ("evaluate", "prompts", "sampling", "scorers", "inversion", "types", *ENCODING[1:], *WORLD)
 READING = ("evidence/load", "evidence/statistics")
 EXPERIMENTS = ("experiments", "likelihood", "evidence/statistics", *TRAINING, *EVALUATION)
 
-
-def weights_by_strength(name):
-    """Whether an arm weights its pairs by PickScore, read as YAML: arm.recipe would import torch."""
-    arm = study.arm(name)
-    loss = read_yaml(method_path(arm.method)).get("loss", {}) | arm.recipe_overrides.get("loss", {})
-    return loss.get("weight_by_strength", False)
-
-
-# PickScore's settings where the pairs are scored as they are encoded.
-PAIR_SCORER = SETTINGS["scorers"]["pickscore"] if any(map(weights_by_strength, TRAINED)) else None
-SCORING = ("scorers/pickscore", "scorers/openclip", "scorers/weights") if PAIR_SCORER else ()
-
 MODULES = {
-    "preferences": (*ENCODING, *SCORING),
+    "preferences": ENCODING,
     "train": TRAINING,
     "evaluate": EVALUATION,
     "tables": ("evidence/tables", *READING),
@@ -72,6 +62,17 @@ CODE = {stage: code_hash(modules)[:16] for stage, modules in MODULES.items()}
 
 # `snakemake` may be called by its path, without the environment being active.
 shell.prefix(f'set -euo pipefail; export PATH="{Path(sys.executable).parent}:$PATH"; ')
+
+
+def weights_by_strength(name):
+    """Whether an arm weights its pairs by PickScore, read as YAML: arm.recipe would import torch."""
+    arm = study.arm(name)
+    loss = read_yaml(method_path(arm.method)).get("loss", {}) | arm.recipe_overrides.get("loss", {})
+    return loss.get("weight_by_strength", False)
+
+
+# PickScore's settings where the pairs are scored as they are encoded.
+PAIR_SCORER = SETTINGS["scorers"]["pickscore"] if any(map(weights_by_strength, TRAINED)) else None
 
 
 def write_study():

@@ -167,7 +167,7 @@ def watched_modules() -> dict[str, tuple[str, ...]]:
     """The table of modules in rules/common.smk, from the first of its constants to the last."""
     text = (ROOT / "rules" / "common.smk").read_text()
     names: dict[str, dict[str, tuple[str, ...]]] = {}
-    exec(text[text.index("ENCODING = ") : text.index("CODE = ")], {}, names)
+    exec(text[text.index("SCORING = ") : text.index("CODE = ")], {}, names)
     return names["MODULES"]
 
 
