@@ -12,7 +12,7 @@ DEV := $(UV) run --frozen
 .PHONY: reproduce test lint bench mlflow report tune
 
 reproduce: $(UV)
-	$(RUN) snakemake $(ARGS) --configfile config/$(STUDY).yaml
+	INVDPO_PLACES=later $(RUN) snakemake $(ARGS) --configfile config/$(STUDY).yaml
 	@$(RUN) invdpo results --study config/$(STUDY).yaml
 
 test: $(UV)

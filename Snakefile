@@ -67,8 +67,8 @@ onstart:
 
 
 onsuccess:
-    # make says it itself, also when there was nothing to do.
-    if "MAKELEVEL" not in os.environ:
+    # make reproduce says it itself, also when there was nothing to do.
+    if os.environ.get("INVDPO_PLACES") != "later":
         print(places(study))
 
 

@@ -76,6 +76,7 @@ if "audit" in STUDIED:
         output:
             gradients="<results>/experiments/audit/gradients.csv",
             summary="<results>/experiments/audit/summary.csv",
+            rewards="<results>/experiments/audit/rewards.csv",
             provenance="<results>/experiments/audit/provenance.json",
         log:
             "<logs>/experiments/audit.log",

@@ -215,10 +215,14 @@ class AuditConfig(Strict):
     policies: list[Name] = Field([], description="arms whose checkpoints are audited beside the base, first seed")
     pairs: PositiveInt = Field(description="held-out pairs a batch")
     batches: PositiveInt = Field(description="disjoint batches; an interval needs two")
-    images: PositiveInt = Field(description="images of the study's prompts that the reward's gradient is the mean of")
+    images: Annotated[int, Field(gt=0, multiple_of=2)] = Field(
+        description="images of the study's prompts that the reward's gradient is the mean of: two halves, also compared"
+    )
     precisions: list[Literal["fp32", "bf16", "fp16"]] = ["fp32"]
     roundings: list[Literal["none", "float16", "bfloat16", "gaussian"]] = Field(
-        ["none"], min_length=1, description="noise of the policy's weights: none, or of rounding size"
+        ["none"],
+        min_length=1,
+        description="noise of the base's weights: none, or of rounding size; policies are as they are",
     )
 
 

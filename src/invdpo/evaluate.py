@@ -85,13 +85,13 @@ def evaluate(study: StudyConfig, arm: str, seeds: Sequence[int], device: torch.d
     """
     config = study.arm(arm)
     prompts = read_prompts(study.prompts, study.sampling.prompts)
-    runs = {seed: _checkpoints(study, config, seed) for seed in (seeds if config.trains else [0])}
+    runs = {seed: checkpoints_of(study, config, seed) for seed in (seeds if config.trains else [0])}
     studio = _Studio(study, prompts, device)
     with tqdm(total=sum(map(len, runs.values())) * len(prompts), unit="image", desc=arm) as bar:
         return [_evaluate_seed(studio, config, checkpoints, bar) for checkpoints in runs.values()]
 
 
-def _checkpoints(study: StudyConfig, arm: ArmConfig, seed: int) -> list[Checkpoint]:
+def checkpoints_of(study: StudyConfig, arm: ArmConfig, seed: int) -> list[Checkpoint]:
     """The checkpoints of a run, ascending by step; InvdpoError where the run is missing or another
     configuration's.
     """

@@ -49,8 +49,8 @@ def stepper(base: Any) -> tuple[torch.nn.Module, Callable[[], dict[str, Any]]]:
     tokens = torch.zeros(1, *checks.TOKENS)
     index = torch.zeros(4, dtype=torch.int64)
     cache = PreferenceCache(ones, 0 * ones, -ones, 0 * ones, tokens, tokens, index, key="checks")
-    policy = loop._initial_policy(base, None)
-    reference = loop._frozen_reference(base, arm.recipe.reference_dtype, CPU)
+    policy = loop.initial_policy(base, None)
+    reference = loop.frozen_reference(base, arm.recipe.reference_dtype, CPU)
     optimizer = optim.build_optimizer(policy.parameters(), arm.training, arm.learning_rate)
     run = loop.Run(study, arm, 0, CPU)
     made = loop.Stepper(

@@ -235,13 +235,16 @@ def test_audit_of_the_base_and_every_checkpoint_of_one_seed(
     study = with_pickscore(prepared, monkeypatch)
     folder = run(study, "audit", CPU)
     rows = read(folder, "gradients.csv")
-    assert len(rows) == 2 * 3 * 2 * 2
+    assert len(rows) == 2 * (2 + 1 + 1) * 2  # arms, the base with its rounding and two checkpoints, batches
     assert list(dict.fromkeys(rows["policy"])) == ["initial", "dpo/step1", "dpo/step2"]
     assert set(rows["recipe"]) == {"dpo", "code"}
     start = rows.query("policy == 'initial' and noise == 'none'").groupby("recipe")["gradient_norm"].sum()
     assert start["dpo"] > 0
+    rewards = read(folder, "rewards.csv").set_index("policy")
+    assert list(rewards.index) == ["initial", "dpo/step1", "dpo/step2"]
+    assert (rewards["norm"] > 0).all() and rewards["cosine_of_halves"].between(-1, 1).all()
     evals = read(folder, "summary.csv").query("measure == 'unet_evals'")
-    assert len(evals) == 12 and provenance(folder)["unet_evals"] > rows["unet_evals"].sum()
+    assert len(evals) == 8 and provenance(folder)["unet_evals"] > rows["unet_evals"].sum()
     assert len(provenance(folder)["held_out"]) == 2
 
 
@@ -291,7 +294,7 @@ def test_tables_and_figures_of_all_three(prepared: MakeStudy, monkeypatch: pytes
     assert float(row["spearman_low"]) == pytest.approx(group["low"].min(), rel=1e-5)
     assert "3 held-out pairs" in (tables / "precision.md").read_text()
 
-    assert len(list(csv.DictReader((tables / "audit.csv").open()))) == 12
+    assert len(list(csv.DictReader((tables / "audit.csv").open()))) == 8
     assert "Diffusion" in (tables / "precision.md").read_text() and "step 2" in (tables / "audit.md").read_text()
 
 

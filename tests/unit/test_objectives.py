@@ -1,5 +1,6 @@
 """Recipes and their gradients, against formulas written out here by hand on tiny models with float64 arithmetic."""
 
+import copy
 import math
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 import yaml
 
+from invdpo.backbones import sd15
 from invdpo.errors import InvdpoError
 from invdpo.inversion import invert
 from invdpo.objectives import backward, load_recipe, make_recipe, preference_loss
@@ -568,6 +570,24 @@ def test_stationary_at_the_reference_through_convolutions_and_matrix_products(me
         recipe = small(method, **changes)
         backward(recipe, policy, reference, win, lose, cond, SCHEDULE, generators(7), chunk=chunk)
         assert all(torch.count_nonzero(p.grad) == 0 for p in policy.parameters())
+
+
+@pytest.mark.parametrize("method", ["inversion_dpo_paper", "inversion_dpo_code"])
+def test_a_real_unet_has_exactly_no_gradient_at_the_reference_in_any_memory_format(method: str) -> None:
+    """Kernels round by memory format, and a trajectory need not come back in that of the latents it started from."""
+    reference = sd15.load_unet("assets/shapes/base", torch.device("cpu")).requires_grad_(False)
+    policy = copy.deepcopy(reference).requires_grad_(True)
+    win, lose = (
+        x.to(memory_format=torch.channels_last)
+        for x in torch.randn(2, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    )
+    width = int(reference.config["cross_attention_dim"])
+    embeds = torch.randn(2, 6, width, generator=torch.Generator().manual_seed(1))
+    cond = Conditioning(embeds, uncond=Conditioning(torch.zeros_like(embeds)))
+    recipe = small(method, reference_label_dtype="float32", reference_dtype="float32")
+    networks = sd15.UNetEps(policy), sd15.UNetEps(reference)
+    backward(recipe, *networks, win, lose, cond, SCHEDULE, generators(2), chunk=512)
+    assert all(p.grad is None or torch.count_nonzero(p.grad) == 0 for p in policy.parameters())
 
 
 # --- recipes as data ----------------------------------------------------------------------------------------------

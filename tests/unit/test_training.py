@@ -273,12 +273,12 @@ def test_second_interrupt_stops_at_once() -> None:
 def gradient_of_first_step(study: StudyConfig, arm: str = "dpo") -> tuple[torch.Tensor, list[Any]]:
     base = sd15.load_unet(study.base, CPU, study.arm(arm).training.gradient_checkpointing)
     run = loop.Run(study, study.arm(arm), 0, CPU)
-    policy = loop._initial_policy(base, None)
+    policy = loop.initial_policy(base, None)
     assert policy.is_gradient_checkpointing == study.arm(arm).training.gradient_checkpointing
     stepper = loop.Stepper(
         run,
         policy,
-        loop._frozen_reference(base, "float32", CPU),
+        loop.frozen_reference(base, "float32", CPU),
         base,
         torch.optim.SGD(policy.parameters(), lr=0.0),
         sd15.load_schedule(study.base),
@@ -650,7 +650,7 @@ def test_fp16_overflow_repeats_the_step_with_a_smaller_scale(
 
 def test_a_half_precision_reference_has_rounded_weights_on_a_cpu(tiny_base: Path) -> None:
     base = sd15.load_unet(tiny_base, CPU)
-    reference = loop._frozen_reference(base, "float16", CPU)
+    reference = loop.frozen_reference(base, "float16", CPU)
     assert {parameter.dtype for parameter in reference.parameters()} == {torch.float32}
     pairs = list(zip(reference.parameters(), base.parameters(), strict=True))
     assert all(torch.equal(rounded, weight.half().float()) for rounded, weight in pairs)

@@ -42,6 +42,8 @@ class UNetEps:
         if cond is None:
             raise InvdpoError("A UNet of the SD1.5 family needs text conditioning; none was given.")
         weights = self.unet.dtype
+        # Kernels round by memory format: equal latents must give equal bits, whatever tensor they were cut from.
+        x = x.contiguous()
         if weights == torch.float32:
             with autocast(x.device, self.dtype):
                 eps = self.unet(x, t, encoder_hidden_states=cond.embeds, return_dict=False)[0]

@@ -220,6 +220,8 @@ def audit_table(study: StudyConfig) -> Table:
     columns = [*keys, "pairs", "batches", *(column for measure in measures for column in triple(measure))]
     settings = study.experiments.audit
     assert settings is not None  # the study has the experiment
+    several = len(settings.precisions) > 1
+    compared = ["reward", "swapped", *(["fp32"] if several else [])]
     records, rows = [], []
     for _, group in summary.groupby(keys, sort=False):
         found = {row["measure"]: _known(row["mean"], row["low"], row["high"]) for row in group.to_dict("records")}
@@ -232,21 +234,30 @@ def audit_table(study: StudyConfig) -> Table:
             [
                 arm_title(record["recipe"]),
                 _policy_title(record["policy"]),
-                record["precision"],
+                *([record["precision"]] if several else []),
                 record["noise"],
                 _small(found["relative_norm"]),
-                *(_cosine(found[f"cosine_with_{other}"]) for other in ("reward", "swapped", "fp32")),
+                *(_cosine(found[f"cosine_with_{other}"]) for other in compared),
                 NONE if spent is None else f"{spent.estimate:,.0f}",
             ]
         )
-    head = ["Recipe", "Policy", "Precision", "Noise", "Norm / weights", "Cosine: PickScore", "Cosine: swapped labels"]
-    head += ["Cosine: fp32", "UNet evaluations"]
+    head = ["Recipe", "Policy", *(["Precision"] if several else []), "Rounding", "Norm / weights"]
+    titles = {"reward": "PickScore", "swapped": "swapped labels", "fp32": "fp32"}
+    head += [*(f"Cosine: {titles[other]}" for other in compared), "UNet evaluations"]
+    halves = [
+        f"{row['cosine_of_halves']:+.2f} ({_policy_title(row['policy'])})"
+        for row in _read(study, "audit", "rewards.csv").to_dict("records")
+    ]
     notes = [
         f"Gradients of {settings.batches} batches of {settings.pairs} held-out pairs, mean and 95 % interval over "
         f"batches (Student's t). A dash: the gradient is zero. Checkpoints are those of seed {study.seeds[0]}.",
         f"Cosine with PickScore: of minus the gradient with that of the mean PickScore of {settings.images} images, "
         "through the sampler; above 0, a step of descent raises it. Swapped labels: -1 where labels decide the sign, 1 "
         "where they do not matter.",
+        "A cosine with PickScore is held down by the noise of both gradients, so compare rows rather than read it as a "
+        f"share. Those of PickScore on the two halves of the images have cosine {', '.join(halves)} with each other.",
+        "A rounding (of the base's weights, or of the released code's reference) is one realisation: the intervals are "
+        "over pairs alone.",
     ]
     return Table("Gradient audit", notes, records, columns, [Block("Gradients", head, rows)])
 
@@ -489,6 +500,8 @@ def audit_figure(study: StudyConfig) -> Figure:
             colour = method_colour(study, recipe)
             face = colour if noise == noises[0] else "white"
             for x, policy in enumerate(policies, start=0):
+                if (recipe, policy, noise) not in rows.index:
+                    continue
                 row = rows.loc[(recipe, policy, noise)]
                 interval = _known(row["mean"], row["low"], row["high"])
                 if interval is None or (measure == "relative_norm" and interval.estimate == 0):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -29,12 +29,11 @@ from invdpo.device import DTYPES, autocast
 from invdpo.errors import InvdpoError
 from invdpo.evidence.statistics import LEVEL, mean_interval
 from invdpo.experiments.precision import Pairs
-from invdpo.inversion import guided
 from invdpo.objectives import Recipe, backward
-from invdpo.sampling import unet_evaluations
+from invdpo.sampling import denoise, unet_evaluations
 from invdpo.schedule import NoiseSchedule
 from invdpo.training.data import generator
-from invdpo.training.loop import FP16_LOSS_SCALE, _frozen_reference, _initial_policy
+from invdpo.training.loop import FP16_LOSS_SCALE, frozen_reference, initial_policy
 from invdpo.types import Conditioning, EpsModel, select
 
 if TYPE_CHECKING:
@@ -76,9 +75,23 @@ class Drawing:
     guidance_scale: float
     decode: Callable[[Tensor], Tensor]
 
-    def rows(self, size: int) -> list[slice]:
+    def parts(self, size: int) -> list[Drawing]:
         """The images in runs of at most `size`."""
-        return [slice(start, start + size) for start in range(0, len(self.noise), size)]
+        rows = torch.arange(len(self.noise)).split(size)
+        return [
+            replace(
+                self,
+                prompts=[self.prompts[i] for i in part.tolist()],
+                cond=select(self.cond, part),
+                noise=self.noise[part.to(self.noise.device)],
+            )
+            for part in rows
+        ]
+
+    def images(self, eps_model: EpsModel) -> Tensor:
+        """(n,3,H,W) in [0, 1], differentiable in the eps-model."""
+        latents = denoise(eps_model, self.noise, self.cond, self.schedule, self.steps, self.guidance_scale)
+        return self.decode(latents)
 
 
 def decoder(vae: Any) -> Callable[[Tensor], Tensor]:
@@ -96,7 +109,7 @@ def pickscore(scorer: PickScore) -> SmoothReward:
 
     Resized where need be by torch's antialiased bicubic filter, which is PIL's but for that rounding.
     """
-    from invdpo.scorers.pickscore import _features
+    from invdpo.scorers.pickscore import unit_features
 
     processor = scorer.processor.image_processor
     size, crop = int(processor.size["shortest_edge"]), int(processor.crop_size["height"])
@@ -115,8 +128,8 @@ def pickscore(scorer: PickScore) -> SmoothReward:
         tokens = scorer.processor(
             text=list(prompts), padding="max_length", truncation=True, max_length=scorer.length, return_tensors="pt"
         ).to(scorer.device)
-        image = _features(scorer.model.get_image_features(pixel_values=pixels))
-        return (image * _features(scorer.model.get_text_features(**tokens))).sum(-1)
+        image = unit_features(scorer.model.get_image_features(pixel_values=pixels))
+        return (image * unit_features(scorer.model.get_text_features(**tokens))).sum(-1)
 
     return reward
 
@@ -182,17 +195,17 @@ def reward_gradient(
     """The gradient (P,) of the mean reward of the drawn images in the policy's P trainable weights; UNet evaluations.
 
     In fp32, through every sampling step with its guidance and through `drawing.decode`, `chunk` images at a time. Every
-    step is computed again on the way back, so that memory holds one step's graph and N latents. Weights and `.grad`
-    are left as they were.
+    network pass is computed again on the way back, so that memory holds the graph of one, and a few latents a step.
+    Weights and `.grad` are left as they were.
 
     Raises InvdpoError for an impossible number of steps, guidance without `cond.uncond`, or a gradient that is not
     finite.
     """
     parameters, n = _trainable(policy), len(drawing.noise)
     total = torch.zeros_like(parameters_to_vector(parameters)).detach()
-    for rows in drawing.rows(chunk):
-        images = drawing.decode(_denoise(wrap(policy, torch.float32), drawing, rows))
-        mean = reward(images, drawing.prompts[rows]).sum() / n
+    eps_model = _checkpointed(wrap(policy, torch.float32))
+    for part in drawing.parts(chunk):
+        mean = reward(part.images(eps_model), part.prompts).sum() / n
         total += parameters_to_vector(torch.autograd.grad(mean, parameters, materialize_grads=True))
     if not torch.isfinite(total).all():
         raise InvdpoError("reward gradient: not finite; look at the policy's weights and at the reward of its images")
@@ -233,9 +246,9 @@ def reward_along(
         vector_to_parameters(at, _trainable(policy))
         eps_model = wrap(policy, torch.float32)
         parts = []
-        for rows in drawing.rows(chunk):
-            images = drawing.decode(_denoise(eps_model, drawing, rows)).mul(255).round().to(torch.uint8).cpu()
-            parts.append(reward(images.permute(0, 2, 3, 1).contiguous().numpy(), drawing.prompts[rows]))
+        for part in drawing.parts(chunk):
+            images = part.images(eps_model).mul(255).round().to(torch.uint8).cpu()
+            parts.append(reward(images.permute(0, 2, 3, 1).contiguous().numpy(), part.prompts))
         return np.concatenate(parts).astype(np.float64)
 
     here, norm, rows = rewards(weights), _norm(weights), []
@@ -301,7 +314,7 @@ def audit(
     device = pairs.win.device
     _check(recipes, policies, pairs, batch, reward_gradients, precisions, noises, device)
     frozen = {
-        kind: _frozen_reference(copy.deepcopy(reference), kind, device)  # pyright: ignore[reportArgumentType]
+        kind: frozen_reference(copy.deepcopy(reference), kind, device)  # pyright: ignore[reportArgumentType]
         for kind in dict.fromkeys(recipe.reference_dtype for recipe in recipes)
     }
     batches = torch.arange(len(pairs.win)).split(batch)
@@ -367,7 +380,7 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
 def perturbed(policy: Module, noise: Noise, generator: torch.Generator) -> Module:
     """A trainable copy of the policy, its weights off by a rounding's size: see `audit`. generator: for `gaussian`."""
     rounding = noise if noise in ("float16", "bfloat16") else None
-    copied = _initial_policy(policy, rounding)  # pyright: ignore[reportArgumentType]
+    copied = initial_policy(policy, rounding)  # pyright: ignore[reportArgumentType]
     if noise == "gaussian":
         with torch.no_grad():
             for parameter in copied.parameters():
@@ -400,21 +413,15 @@ def _convolves(device: torch.device, dtype: torch.dtype) -> bool:
     return result.dtype == dtype  # where autocast lacks a type, it may warn and go on without
 
 
-def _denoise(eps_model: EpsModel, drawing: Drawing, rows: slice) -> Tensor:
-    """Latents (n,C,h,w) of some of the images: `sampling.sample` from given noise, differentiable in the weights."""
-    x = drawing.noise[rows]
-    cond = select(drawing.cond, torch.arange(len(drawing.noise))[rows])
-    schedule = drawing.schedule.to(x.device)
-    model = guided(eps_model, drawing.guidance_scale)
+def _checkpointed(eps_model: EpsModel) -> EpsModel:
+    """The same predictions, computed again on the way back, so that no pass keeps its graph."""
 
-    def step(x: Tensor, t: int) -> Tensor:
-        eps = model(x, torch.full((len(x),), t, dtype=torch.int64, device=x.device), cond)
-        return schedule.ddim_step(x, eps, t, schedule.previous(t, drawing.steps))
+    def model(x: Tensor, t: Tensor, cond: Conditioning | None) -> Tensor:
+        eps = checkpoint(eps_model, x, t, cond, use_reentrant=False, preserve_rng_state=False)
+        assert isinstance(eps, Tensor)  # checkpoint is untyped
+        return eps
 
-    for t in schedule.timesteps(drawing.steps).flip(0).tolist():
-        x = checkpoint(step, x, t, use_reentrant=False, preserve_rng_state=False)
-        assert isinstance(x, Tensor)  # checkpoint is untyped
-    return x
+    return model
 
 
 def _labelled(pairs: Pairs, rows: Tensor, swap: bool) -> Pairs:

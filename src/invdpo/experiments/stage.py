@@ -1,6 +1,7 @@
 """The experiments as stages of a study: from its files to root/experiments/<name>/, csv files and provenance.json.
 
-All run in fp32, whatever the study's precision: what they measure is smaller than the rounding of the others.
+All run in fp32, whatever the study's precision, for what they measure is smaller than the rounding of the others; the
+audit alone also asks what other precisions would change.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from tqdm import tqdm
 
 from invdpo.backbones import sd15
 from invdpo.errors import InvdpoError
-from invdpo.evaluate import _checkpoints
-from invdpo.experiments.audit import Drawing, audit, decoder, pickscore, reward_gradient, summary
+from invdpo.evaluate import checkpoints_of
+from invdpo.experiments.audit import Drawing, Noise, audit, cosine, decoder, pickscore, reward_gradient, summary
 from invdpo.experiments.inversion_error import inversion_errors, side_by_side
 from invdpo.experiments.precision import Pairs, agreement, log_ratios, true_log_prob
 from invdpo.files import replace_when_done, write_json
@@ -84,7 +85,8 @@ def run(study: StudyConfig, name: str, device: torch.device) -> Path:
     """Run one experiment of the study; returns its folder, root/experiments/<name>.
 
     inversion_error: errors.csv (a row a setting and latent), levels.csv, pictures.parquet. precision: latents.csv,
-    agreement.csv. audit: gradients.csv (a row a setting and batch), summary.csv. Raises InvdpoError for an experiment
+    agreement.csv. audit: gradients.csv (a row a setting and batch), summary.csv,
+    rewards.csv (a row a policy). Raises InvdpoError for an experiment
     that the study has not, too few held-out pairs, missing runs, and as the experiment itself does.
     """
     if name not in study.experiments.measured:
@@ -253,7 +255,7 @@ def _precision(
     schedule, recipes = sd15.load_schedule(study.base), precision_settings(settings)
     chunk = study.training.chunk or LATENTS_A_CALL
     folders = {
-        (arm, seed): _checkpoints(study, study.arm(arm), seed)[-1].folder
+        (arm, seed): checkpoints_of(study, study.arm(arm), seed)[-1].folder
         for arm in settings.arms
         for seed in study.seeds
     }
@@ -290,29 +292,37 @@ def _audit(
     reward = pickscore(PickScore(scorer.model, device, processor=scorer.processor))
     policies = {"initial": sd15.load_unet(study.base, device)}
     for arm in settings.policies:
-        for checkpoint in _checkpoints(study, study.arm(arm), seed):
+        for checkpoint in checkpoints_of(study, study.arm(arm), seed):
             policies[f"{arm}/step{checkpoint.step}"] = sd15.load_unet(checkpoint.folder, device)
     recipes = [study.arm(arm).recipe.with_overrides({"name": arm}) for arm in settings.arms]
-    drawing = _drawing(study, settings.images, device)
-    rewards = {
-        name: reward_gradient(policy, drawing, reward, wrap=counter.eps_model)[0]
-        for name, policy in tqdm(policies.items(), unit="policy", desc="audit: reward")
-    }
-    rows = audit(
-        recipes,
-        policies,
-        policies["initial"],
-        held.pairs,
-        settings.pairs,
-        schedule,
-        rewards,
-        settings.precisions,
-        settings.roundings,
-        chunk=study.training.chunk,
-        wrap=counter.eps_model,
-    )
-    hashes = [study.arm(arm).hash for arm in settings.policies]
-    return {"gradients.csv": rows, "summary.csv": summary(rows)}, {"held_out": held.ids, "policies": hashes}
+    halves = _drawing(study, settings.images, device).parts(settings.images // 2)
+    rewards, reliability = {}, []
+    for name, policy in tqdm(policies.items(), unit="policy", desc="audit: reward"):
+        first, second = (reward_gradient(policy, half, reward, wrap=counter.eps_model)[0] for half in halves)
+        rewards[name] = (first + second) / 2
+        norm, agreement = float(rewards[name].norm()), cosine(first, second)
+        reliability.append({"policy": name, "images": settings.images, "norm": norm, "cosine_of_halves": agreement})
+
+    def at(name: str, noises: Sequence[Noise]) -> pd.DataFrame:
+        return audit(
+            recipes,
+            {name: policies[name]},
+            policies["initial"],
+            held.pairs,
+            settings.pairs,
+            schedule,
+            rewards,
+            settings.precisions,
+            noises,
+            chunk=study.training.chunk,
+            wrap=counter.eps_model,
+        )
+
+    # A rounding is nothing beside the distance that training has gone.
+    frames = [at(name, settings.roundings if name == "initial" else ["none"]) for name in policies]
+    rows = pd.concat(frames, ignore_index=True)
+    files = {"gradients.csv": rows, "summary.csv": summary(rows), "rewards.csv": pd.DataFrame(reliability)}
+    return files, {"held_out": held.ids, "policies": [study.arm(arm).hash for arm in settings.policies]}
 
 
 def _drawing(study: StudyConfig, count: int, device: torch.device) -> Drawing:

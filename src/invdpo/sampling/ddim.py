@@ -34,6 +34,30 @@ def unet_evaluations(images: int, steps: int, guidance_scale: float) -> int:
     return images * steps * evaluations(guidance_scale)
 
 
+def denoise(
+    eps_model: EpsModel,
+    noise: Tensor,
+    cond: Conditioning | None,
+    schedule: NoiseSchedule,
+    steps: int,
+    guidance_scale: float,
+) -> Tensor:
+    """The latents (B,C,H,W) that DDIM sampling makes of noise x_T (B,C,H,W), differentiable in the eps-model.
+
+    Raises InvdpoError for an impossible number of steps.
+    """
+    schedule = schedule.to(noise.device)
+    try:
+        grid = schedule.timesteps(steps).flip(0).tolist()
+    except InvdpoError as error:
+        raise InvdpoError(f"sampling.steps: {error}") from error
+    x, eps_of = noise, guided(eps_model, guidance_scale)
+    for t in grid:
+        eps = eps_of(x, torch.full((len(x),), t, dtype=torch.int64, device=x.device), cond)
+        x = schedule.ddim_step(x, eps, t, schedule.previous(t, steps))
+    return x
+
+
 @torch.no_grad()
 def sample(
     eps_model: EpsModel,
@@ -60,16 +84,8 @@ def sample(
             "give Conditioning.uncond (the empty prompt), or set sampling.guidance_scale to 1"
         )
     device = cond.embeds.device if cond is not None else torch.device("cpu")
-    schedule = schedule.to(device)
-    try:
-        grid = schedule.timesteps(steps).flip(0).tolist()
-    except InvdpoError as error:
-        raise InvdpoError(f"sampling.steps: {error}") from error
-    x = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
-    eps_of = guided(eps_model, guidance_scale)
-    for t in grid:
-        eps = eps_of(x, torch.full((len(x),), t, dtype=torch.int64, device=device), cond)
-        x = schedule.ddim_step(x, eps, t, schedule.previous(t, steps))
+    noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
+    x = denoise(eps_model, noise, cond, schedule, steps, guidance_scale)
     if not torch.isfinite(x).all():
         raise InvdpoError(
             f"sampling (sampling.steps {steps}, sampling.guidance_scale {guidance_scale:g}) gave non-finite "

@@ -52,12 +52,12 @@ class PickScore:
             text=prompts, padding="max_length", truncation=True, max_length=self.length, return_tensors="pt"
         ).to(self.device)
         with half_on_cuda(self.device):
-            image = _features(self.model.get_image_features(**pixels))
-            text = _features(self.model.get_text_features(**tokens))
+            image = unit_features(self.model.get_image_features(**pixels))
+            text = unit_features(self.model.get_text_features(**tokens))
         return {"pickscore": finite("pickscore", (image * text).sum(-1))}
 
 
-def _features(output: Any) -> Tensor:
+def unit_features(output: Any) -> Tensor:
     """The unit embeddings (B, D) in float32: transformers 5 returns an object where 4 returned the tensor."""
     return normalize(output.pooler_output.float(), dim=-1)
 

@@ -171,8 +171,8 @@ class Run:
         training, recipe = self.arm.training, self.arm.recipe
         started = time.time()
         dtype = resolve_dtype(self.device, self.study.precision)
-        policy = _initial_policy(base, self.arm.initial_rounding)
-        reference = _frozen_reference(base, recipe.reference_dtype, self.device)
+        policy = initial_policy(base, self.arm.initial_rounding)
+        reference = frozen_reference(base, recipe.reference_dtype, self.device)
         optimizer = build_optimizer(policy.parameters(), training, self.arm.learning_rate)
         progress = state.load_state(self.state, policy, optimizer)
         if progress.step:
@@ -395,12 +395,13 @@ class Stepper:
         )
 
 
-def _initial_policy(base: UNet2DConditionModel, rounding: str | None) -> UNet2DConditionModel:
+def initial_policy(base: UNet2DConditionModel, rounding: str | None) -> UNet2DConditionModel:
+    """A trainable copy of the base, its weights rounded to the precision of dtype `rounding` where there is one."""
     policy = copy.deepcopy(base) if rounding is None else _rounded(base, rounding)
     return policy.requires_grad_(True)
 
 
-def _frozen_reference(base: UNet2DConditionModel, dtype: str, device: torch.device) -> UNet2DConditionModel:
+def frozen_reference(base: UNet2DConditionModel, dtype: str, device: torch.device) -> UNet2DConditionModel:
     """The base itself in fp32, or a half-precision copy for a recipe that compares against one.
 
     CPUs multiply half precision a hundred times slower, so there only the weights are rounded to it and the pass runs
