@@ -41,6 +41,7 @@ wildcard_constraints:
 localrules:
     all,
     scores,
+    speed,
 
 
 include: "rules/preferences.smk"
@@ -56,6 +57,7 @@ rule all:
     default_target: True
     input:
         rules.tables.output,
+        rules.speed.output,
         rules.figures.output,
         rules.claims.output if study.claims else [],
         rules.mlflow.output,

@@ -1,6 +1,6 @@
 """Speed and memory of the study's own code against plain diffusers loops, as ratios within one run.
 
-`python benchmarks/bench.py` takes minutes and writes a JSON and a markdown table. Competitors take turns
+`python benchmarks/bench.py` takes minutes and writes a JSON, a markdown and a csv file. Competitors take turns
 (A B A B …), so that a machine that slows down slows them all. Not a test: no number can fail here.
 """
 
@@ -19,6 +19,7 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
+import pandas as pd
 import torch
 import typer
 from loops import Models, load, plain_training_step, reference_loop, sdxl_shaped
@@ -232,6 +233,21 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def rows(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """The report as one table, a row a measurement, for the report of a study."""
+    found: list[dict[str, Any]] = []
+    for what, part in (("forward pass", "forward_pass"), ("Diffusion-DPO step", "training_step")):
+        found += [{"what": what, "competitor": name} | values for name, values in report[part].items()]
+    for method, by_steps in report["all_timesteps"].items():
+        for steps, competitors in by_steps.items():
+            found += [{"what": method, "N": steps, "competitor": name} | row for name, row in competitors.items()]
+    for row in found:
+        low, high = row.pop("ratio_range", None) or (None, None)
+        peak = row.pop("peak_bytes", None)
+        row |= {"ratio_low": low, "ratio_high": high, "peak_mib": None if peak is None else peak / 2**20}
+    return found
+
+
 def speed(values: dict[str, Any]) -> str:
     """`rate | ratio (low to high)`; no ratio where the baseline did not fit."""
     rate = f"{values['per_second']:,.4g}"
@@ -253,7 +269,7 @@ def main(
     sdxl: Annotated[bool, typer.Option("--sdxl-shaped", help="Random weights of SDXL's shape; CUDA only.")] = False,
     peak: Annotated[str | None, typer.Option(hidden=True, help="Print METHOD:N:COMPETITOR's peak memory.")] = None,
 ) -> None:
-    """Measure speed and memory; write a JSON file and a markdown table beside it."""
+    """Measure speed and memory; write a JSON file, and its tables as markdown and csv beside it."""
     started = time.time()
     threads = threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
@@ -306,7 +322,11 @@ def main(
     write_json(out, report)
     with replace_when_done(out.with_suffix(".md")) as temporary:
         temporary.write_text(markdown(report), encoding="utf-8")
-    print(f"{markdown(report)}\nwritten to {out} and {out.with_suffix('.md')}")
+    columns = ["what", "N", "competitor", "pairs", "per_second", "ratio", "ratio_low", "ratio_high", "share_of_peak"]
+    with replace_when_done(out.with_suffix(".csv")) as temporary:
+        table = pd.DataFrame(rows(report), columns=[*columns, "peak_mib"])
+        table.to_csv(temporary, index=False, float_format="%.4g", lineterminator="\n")
+    print(f"{markdown(report)}\nwritten to {out}, and as a table to {out.with_suffix('.md')} and .csv")
 
 
 if __name__ == "__main__":

@@ -39,11 +39,11 @@ LOCK = lock_hash()
 # Preparing the pairs scores them too, where a method weights them by PickScore.
 SCORING = ("scorers/pickscore", "scorers/openclip", "scorers/weights")
 ENCODING = ("preferences", "backbones", "schedule", "device", *SCORING)
-TRAINING = (*ENCODING, "training", "objectives", "inversion", "types")
+TRAINING = (*ENCODING, "training", "objectives", "likelihood", "inversion", "types")
 WORLD = ("world/oracle", "world/parser", "world/render", "world/scenes")
 EVALUATION = ("evaluate", "prompts", "sampling", "scorers", "inversion", "types", *ENCODING[1:], *WORLD)
 READING = ("evidence/load", "evidence/statistics")
-EXPERIMENTS = ("experiments", "likelihood", "evidence/statistics", *TRAINING, *EVALUATION)
+EXPERIMENTS = ("experiments", "evidence/statistics", *TRAINING, *EVALUATION)
 
 MODULES = {
     "preferences": ENCODING,
@@ -149,9 +149,11 @@ def arm_key(wildcards):
 
 
 def tuning_key(wildcards):
-    """What decides a grid's result beside its input files; the values chosen last time do not."""
+    """What decides a grid's result beside its input files; the values chosen last time and other arms' grids do not."""
     arm = SETTINGS["arms"][wildcards.arm]
-    return digest(EVALUATION_KEY, study.preferences, TUNING, SETTINGS["training"], arm)
+    grid = TUNING | {"arms": [wildcards.arm], "beta": study.tuning.betas(wildcards.arm)}
+    recipe = read_yaml(method_path(arm["method"]))
+    return digest(EVALUATION_KEY, study.preferences, grid, SETTINGS["training"], arm, recipe)
 
 
 def arm_cost(wildcards):
@@ -161,7 +163,8 @@ def arm_cost(wildcards):
     recipe |= arm.recipe_overrides | {"trajectory": recipe["trajectory"] | arm.recipe_overrides.get("trajectory", {})}
     inverted = recipe["trajectory"]["steps"] if recipe["trajectory"]["kind"] == "inversion" else 0
     compared = inverted if recipe["timesteps"] == "all" else 1
-    return arm.training.steps * arm.training.batch * (inverted + 4 * compared)
+    determinant = recipe["log_ratio"].get("order", 0)  # Krylov products a point, where it takes any
+    return arm.training.steps * arm.training.batch * (inverted + 4 * compared * (1 + determinant))
 
 
 TABLES = {

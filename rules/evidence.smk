@@ -24,6 +24,20 @@ rule tables:
         "invdpo tables --study {params.study} --log {log}"
 
 
+# Measured by `make bench`, not by a study: shown in its report beside the costs.
+rule speed:
+    input:
+        "benchmarks/results/cpu-2-threads.csv",
+    output:
+        shown("speed and memory of the code", "<results>/tables/speed.csv", "report/speed.rst", "Tables"),
+    log:
+        "<logs>/speed.log",
+    message:
+        "the speed table of {study.study}"
+    shell:
+        "cp {input} {output} 2> {log}"
+
+
 rule figures:
     input:
         scores=SCORES,
@@ -46,11 +60,21 @@ rule figures:
         "invdpo figures --study {params.study} --log {log}"
 
 
+# experiment -> its files that claims are judged by
+JUDGED_BY = {"precision": ["agreement", "latents"], "audit": ["gradients"]}
+
+
 rule claims:
     input:
         scores=SCORES,
         runs=RUNS,
         curves=CURVES,
+        experiments=[
+            f"<results>/experiments/{name}/{file}.csv"
+            for name, files in JUDGED_BY.items()
+            if name in STUDIED
+            for file in files
+        ],
         claims=local(study.claims),
     output:
         json="<results>/claims.json",

@@ -1,6 +1,6 @@
 # `make tune`: the same small grid of learning rate and beta for every method, on seeds and prompts that are never reported.
 # One job runs the whole grid of one arm. The chosen values go to config/tuned, to be committed: no output here, because
-# Snakemake deletes outputs before a job, and without that file the study cannot be read.
+# Snakemake deletes outputs before a job, and without that file no tuned arm can be trained.
 
 
 rule tune_arm:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -101,6 +102,16 @@ def _seeds(study: StudyConfig, chosen: list[int] | None) -> list[int]:
     return chosen or study.seeds
 
 
+def _tuned(study: StudyConfig, arms: Iterable[str]) -> None:
+    """Without its tuned values an arm would run with others, and nothing in its results would look wrong."""
+    for arm in arms:
+        if arm in study.arms and study.awaits_tuning(arm):
+            raise InvdpoError(
+                f"Arm `{arm}` of study `{study.study}` has no learning rate and beta yet: its method is in `tuning`, "
+                f"but has no values in `tuned`. Run `make tune STUDY={study.study}` first, or set `tuned: false`."
+            )
+
+
 @app.command()
 def prepare(study: StudyOption, threads: ThreadsOption = None, log_file: LogOption = None) -> None:
     """Read the preference pairs and encode them once: root/preferences/."""
@@ -128,6 +139,7 @@ def train(
     config = _start(study, threads, log_file)
     seeds = _seeds(config, seed)
     config.arm(arm)
+    _tuned(config, [arm])
     device = _device(config)
     from invdpo.training.loop import train as run
 
@@ -179,6 +191,7 @@ def experiment(
 ) -> None:
     """Run an experiment on held-out pairs: root/experiments/NAME/."""
     config = _start(study, threads, log_file)
+    _tuned(config, getattr(getattr(config.experiments, name, None), "arms", []))
     device = _device(config)
     from invdpo.experiments.stage import run
 
@@ -268,8 +281,8 @@ def check(study: StudyOption) -> None:
         training = arm.training
         settings = (
             f"{arm.recipe.name}, labels {arm.labels}, {training.steps} steps of {training.batch} pairs, "
-            f"learning rate {arm.learning_rate:g}, beta {arm.recipe.beta:g}, {len(config.seeds)} seeds, "
-            f"hash {arm.hash}"
+            f"learning rate {arm.learning_rate:g}, beta {arm.recipe.beta:g}"
+            f"{' (not tuned yet)' if config.awaits_tuning(name) else ''}, {len(config.seeds)} seeds, hash {arm.hash}"
             if arm.trains
             else "the base model as it is"
         )
@@ -286,6 +299,18 @@ def schema(
 
     with replace_when_done(path) as temporary:
         temporary.write_text(json_schema(), encoding="utf-8")
+
+
+@app.command()
+def methods(
+    path: Annotated[Path, typer.Argument(help="Where to write it.")] = Path("docs/methods.md"),
+) -> None:
+    """Write the page that sets every recipe of config/methods side by side, with its formulas."""
+    from invdpo.files import replace_when_done
+    from invdpo.objectives.page import methods_page
+
+    with replace_when_done(path) as temporary:
+        temporary.write_text(methods_page(), encoding="utf-8")
 
 
 @app.command(

@@ -23,6 +23,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    ValidationInfo,
     WithJsonSchema,
     model_validator,
 )
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from invdpo.objectives import Recipe
 
 METHODS = Path("config/methods")
+TUNED = Path("config/tuned")  # where `invdpo tune` leaves its choices
+DEFAULT = "default"  # the grid of beta of every arm that has none of its own
 NO_TRAINING = "no_training"
 MEASURED = ("inversion_error", "precision", "audit")  # the experiments on held-out pairs
 PREPARED = {"resolution", "max_undecodable"}  # training settings that `invdpo prepare` applies, once a study
@@ -136,14 +139,25 @@ class TunedValues(Strict):
     beta: PositiveFloat | None = None
 
 
+_NUMBERS: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"type": "number", "exclusiveMinimum": 0}}
+
+
 class TuningConfig(Strict):
     """The grid that `invdpo tune` runs for some arms, apart from everything that is reported."""
 
     arms: list[str] = Field(min_length=1, description="one arm a method; its tuned values serve all arms of the method")
     learning_rate: list[PositiveFloat] = Field(min_length=1)
-    beta: list[PositiveFloat] = Field(min_length=1)
+    beta: Annotated[
+        dict[str, Annotated[list[PositiveFloat], Field(min_length=1)]],
+        BeforeValidator(lambda value: {DEFAULT: value} if isinstance(value, list) else value),
+        WithJsonSchema({"anyOf": [_NUMBERS, {"type": "object", "additionalProperties": _NUMBERS}]}),
+    ] = Field(description="one list for all arms, or arm -> list, for losses of another scale, with the key `default`")
     seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1, description="none of the study's own seeds")
     prompts: str = Field(description="a prompt file that is not the study's")
+
+    def betas(self, arm: str) -> list[float]:
+        """The grid of beta of one of `arms`."""
+        return self.beta.get(arm, self.beta[DEFAULT])
 
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
@@ -276,9 +290,41 @@ class ExperimentsConfig(Strict):
         return places
 
 
-def _read_tuned(value: Any) -> Any:
-    """`tuned:` may be the path of a YAML; its content takes the path's place."""
-    return read_yaml(Path(value)) if isinstance(value, str) else {} if value is None else value
+def tuned_file(study: str) -> Path:
+    """Where `invdpo tune` writes the choices of the study of that name."""
+    return TUNED / f"{study}.yaml"
+
+
+def _read_tuned(value: Any, info: ValidationInfo) -> Any:
+    """`tuned:` may be the path of a YAML, or a list of paths; their content takes the paths' place.
+
+    The study's own file may be missing where the study has a grid: it is this grid that makes the file, so the study
+    must be readable without it. `StudyConfig.awaits_tuning` says which arms have to wait for it.
+    """
+    if value is None:
+        return {}
+    paths = [value] if isinstance(value, str) else value
+    if not isinstance(paths, list):
+        return value
+    own = tuned_file(info.data.get("study", "")) if info.data.get("tuning") else None
+    found: dict[str, Any] = {}
+    source: dict[str, str] = {}
+    for path in paths:
+        if not isinstance(path, str):
+            raise ValueError("a list here names YAML files")
+        if own is not None and Path(path) == own and not own.exists():
+            continue
+        content = read_yaml(Path(path))
+        if not isinstance(content, dict):
+            raise InvdpoError(f"`tuned`: {path} holds no mapping of methods to values. Name another file.")
+        for method in content:
+            if method in source:
+                raise InvdpoError(
+                    f"`tuned`: {source[method]} and {path} both hold values of `{method}`. Keep one of them."
+                )
+            source[method] = path
+        found |= content
+    return found
 
 
 class StudyConfig(Strict):
@@ -294,13 +340,26 @@ class StudyConfig(Strict):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
     training: TrainingConfig
+    trajectory_cache_gb: PositiveFloat | None = Field(
+        None, description="gigabytes for inversions by the reference, which arms share; null: none are kept"
+    )
     sampling: SamplingConfig
+    # Before `tuned`, which is read knowing whether the study has a grid.
+    tuning: TuningConfig | None = Field(None, description="the grid behind `tuned`")
     tuned: Annotated[
         dict[str, TunedValues],
         BeforeValidator(_read_tuned),
-        WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object"}, {"type": "null"}]}),
-    ] = Field({}, description="method -> tuned values, or the path of a YAML that holds them")
-    tuning: TuningConfig | None = Field(None, description="the grid behind `tuned`")
+        WithJsonSchema(
+            {
+                "anyOf": [
+                    {"type": "string"},
+                    {"type": "array", "items": {"type": "string"}},
+                    {"type": "object"},
+                    {"type": "null"},
+                ]
+            }
+        ),
+    ] = Field({}, description="method -> tuned values, or the YAML that holds them, or several YAMLs")
     arms: dict[Name, ArmEntry] = Field(min_length=1)
     experiments: ExperimentsConfig = ExperimentsConfig.model_validate({})
     claims: str | None = Field(None, description="the YAML of the claims to judge")
@@ -309,6 +368,12 @@ class StudyConfig(Strict):
     def root(self) -> Path:
         """The folder of this study's results."""
         return Path("results") / self.study
+
+    def awaits_tuning(self, name: str) -> bool:
+        """Whether an arm uses values that the study's own grid chooses and has not chosen yet."""
+        tuning, entry = self.tuning, self.arms[name]
+        methods = {self.arms[arm].method for arm in tuning.arms} if tuning else set()
+        return entry.tuned and entry.method in methods and entry.method not in self.tuned
 
     def arm(self, name: str) -> ArmConfig:
         """The arm with everything resolved: study's training < tuned values < the arm's own.
@@ -469,6 +534,16 @@ def _check_tuning(study: StudyConfig, tuning: TuningConfig, where: str) -> None:
             raise InvdpoError(f"{where}: `tuning.arms` names `{arm}`, not in `arms`.{_nearest(arm, study.arms)}")
         if not study.arm(arm).trains:
             raise InvdpoError(f"{where}: `tuning.arms` names `{arm}`, which does not train. Leave it out.")
+    for arm in tuning.beta.keys() - {DEFAULT, *tuning.arms}:
+        raise InvdpoError(f"{where}: `tuning.beta` names `{arm}`, not in `tuning.arms`.{_nearest(arm, tuning.arms)}")
+    if DEFAULT not in tuning.beta:
+        raise InvdpoError(f"{where}: `tuning.beta` has no key `{DEFAULT}`, the grid of all arms not named. Add it.")
+    for arm, betas in tuning.beta.items():
+        if len(betas) != len(tuning.beta[DEFAULT]):
+            raise InvdpoError(
+                f"{where}: `tuning.beta.{arm}` has {len(betas)} values and `tuning.beta.{DEFAULT}` "
+                f"{len(tuning.beta[DEFAULT])}. Give every method the same number, or the tuning is not equal."
+            )
     if shared := sorted(set(tuning.seeds) & set(study.seeds)):
         raise InvdpoError(f"{where}: `tuning.seeds` holds {shared}, which the study reports. Choose other seeds.")
     if tuning.prompts == study.prompts:

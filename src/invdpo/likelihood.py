@@ -31,7 +31,6 @@ from torch import Tensor
 from invdpo.errors import InvdpoError
 from invdpo.inversion import Label, guided
 from invdpo.inversion.guidance import evaluations
-from invdpo.inversion.solver import predict
 from invdpo.inversion.trajectory import plan
 from invdpo.schedule import NoiseSchedule
 from invdpo.types import Conditioning, EpsModel, select
@@ -126,14 +125,14 @@ def log_prob_estimate(
     x, evals = x0.detach(), 0
     log_det, variance = torch.zeros(2, len(x0), dtype=torch.float64, device=x0.device)
     for i, (t_prev, t, told) in enumerate(plan(schedule, steps, label), start=1):
-        step = partial(_step, model, schedule, t_prev, t, told)
+        step = partial(inversion_step, model, schedule, torch.tensor([[t_prev, t, told]], device=x0.device))
         where = f"step {i} of {steps} (from timestep {t_prev} to {t})"
-        signs = _signs((probes, len(x0), size), generator, x) if divergence == "hutchinson" else None
+        signs = random_signs((probes, len(x0), size), generator, x) if divergence == "hutchinson" else None
         parts = []
         for rows in torch.arange(len(x0), device=x0.device).split(at_once):
             wanted = size if signs is None else probes
             copies = min(wanted, max(1, at_once // len(rows)))
-            linear = _Linearised(step, x[rows], select(cond, rows), copies, where)
+            linear = Linearised(step, x[rows], select(cond, rows), copies, where)
             if signs is None:
                 parts.append((linear.output, *_exact(linear)))
             else:
@@ -146,24 +145,32 @@ def log_prob_estimate(
                 "have no density then; use more steps, or folded 'nan' to mark such latents"
             )
         log_det, variance = log_det + step_log_det, variance + step_variance
-    log_normal = -0.5 * (x.flatten(1).double().square() + math.log(2 * math.pi)).sum(dim=1)
-    return Estimate(log_normal + log_det, variance.sqrt(), evals)
+    return Estimate(log_normal(x) + log_det, variance.sqrt(), evals)
 
 
-def _step(
-    model: EpsModel, schedule: NoiseSchedule, t_prev: int, t: int, told: int, x: Tensor, cond: Conditioning | None
+def log_normal(x: Tensor) -> Tensor:
+    """log N(x; 0, I) of each latent, (B,) float64."""
+    return -0.5 * (x.flatten(1).double().square() + math.log(2 * math.pi)).sum(dim=1)
+
+
+def inversion_step(
+    eps_model: EpsModel, schedule: NoiseSchedule, levels: Tensor, x: Tensor, cond: Conditioning | None
 ) -> tuple[Tensor, Tensor]:
-    """The inversion step of `invert`, x (B,C,H,W) -> (x_t, the eps used)."""
-    eps = predict(model, x, told, cond)
+    """The inversion step of `invert`, x (k*n,C,H,W) -> (x_t, the eps used), for n latents k times over.
+
+    levels (n,3) or (1,3): t_prev, t and the timestep told, as `invdpo.inversion.trajectory.plan` gives them.
+    """
+    t_prev, t, told = levels.repeat(len(x) // len(levels), 1).unbind(dim=1)
+    eps = eps_model(x, told, cond).to(x.dtype)
     return schedule.ddim_inverse_step(x, eps, t_prev, t), eps
 
 
-class _Linearised:
+class Linearised:
     """One step at x (B,C,H,W): its `output`, and products with its Jacobian (B,D,D) from the left.
 
     The batch holds `copies` of every latent, each of which back-propagates another vector: the rows of a batch are
     independent, so one backward pass gives `copies` products for each latent, whatever the eps-model is made of.
-    `evaluations` counts the network evaluations so far, without guidance.
+    `evaluations` counts the network evaluations so far, without guidance; `where` names the step in errors.
     """
 
     def __init__(
@@ -174,7 +181,7 @@ class _Linearised:
         copies: int,
         where: str,
     ) -> None:
-        self._rows, self._copies = len(x), copies
+        self._rows, self._copies, self.where = len(x), copies, where
         with torch.enable_grad():
             self._input = x.repeat(copies, *[1] * (x.ndim - 1)).requires_grad_()
             self._output, eps = step(self._input, select(cond, torch.arange(copies * len(x)) % len(x)))
@@ -202,52 +209,69 @@ class _Linearised:
             self.evaluations += 2 * self._copies * self._rows
         return torch.cat(products)
 
+    def jacobian(self) -> Tensor:
+        """(B,D,D), float64."""
+        size = self.output[0].numel()
+        identity = torch.eye(size, device=self.output.device)[:, None].expand(-1, self._rows, -1)
+        return self.pull(identity).transpose(0, 1)
 
-def _exact(linear: _Linearised) -> tuple[Tensor, Tensor]:
+
+def _exact(linear: Linearised) -> tuple[Tensor, Tensor]:
     """log det of the step's Jacobian (B,), nan where it folds space, and its variance (B,), zero."""
-    rows, size = len(linear.output), linear.output[0].numel()
-    identity = torch.eye(size, device=linear.output.device)[:, None].expand(-1, rows, -1)
-    sign, log_det = torch.linalg.slogdet(linear.pull(identity).transpose(0, 1))
+    sign, log_det = torch.linalg.slogdet(linear.jacobian())
     return log_det.where(sign > 0, math.nan), torch.zeros_like(log_det)
 
 
-def _hutchinson(linear: _Linearised, signs: Tensor, order: int) -> tuple[Tensor, Tensor]:
+def _hutchinson(linear: Linearised, signs: Tensor, order: int) -> tuple[Tensor, Tensor]:
     """Estimate of log det (B,), nan where a Ritz value shows a fold, from the probes `signs` (P,B,D), and the
     estimate's variance (B,)."""
-    hessenberg = _arnoldi(linear.pull, signs, min(order, signs.shape[-1]))
-    ritz, vectors = torch.linalg.eig(hessenberg)
-    first = torch.zeros_like(ritz)
-    first[..., 0] = 1
-    logarithm = (vectors[..., 0, :] * ritz.log() * torch.linalg.solve(vectors, first)).sum(dim=-1).real  # [log H]_11
-    negative = ((ritz.imag == 0) & (ritz.real <= 0)).any(dim=-1)
-    values = (signs.shape[-1] * logarithm).masked_fill(negative, math.nan)
+    hessenberg, _ = arnoldi(linear, signs, min(order, signs.shape[-1]))
+    logarithm, folds = first_log(hessenberg)
+    values = (signs.shape[-1] * logarithm).masked_fill(folds, math.nan)
     return values.mean(dim=0), values.var(dim=0) / len(values)
 
 
-def _arnoldi(pull: Callable[[Tensor], Tensor], start: Tensor, order: int) -> Tensor:
-    """The Hessenberg matrices (P,B,order,order) of `order` Arnoldi steps from start (P,B,D), float64."""
+def first_log(hessenberg: Tensor) -> tuple[Tensor, Tensor]:
+    """[log |H|]_11 of each matrix (…,K,K), and whether an eigenvalue is real and not positive, where log H itself is
+    not defined; both (…)."""
+    ritz, vectors = torch.linalg.eig(hessenberg)
+    first = torch.zeros_like(ritz)
+    first[..., 0] = 1
+    logarithm = (vectors[..., 0, :] * ritz.log() * torch.linalg.solve(vectors, first)).sum(dim=-1).real
+    return logarithm, ((ritz.imag == 0) & (ritz.real <= 0)).any(dim=-1)
+
+
+def arnoldi(linear: Linearised, start: Tensor, order: int) -> tuple[Tensor, Tensor]:
+    """`order` Arnoldi steps on the transposed Jacobian from start (P,B,D): the Hessenberg matrices (P,B,order,order)
+    and the orthonormal vectors that they are of (order,P,B,D), in float64. Where a Krylov space is complete, vectors of
+    zeros and a block of the identity follow. Raises InvdpoError for products that are not finite."""
     hessenberg = torch.zeros(*start.shape[:2], order, order, dtype=torch.float64, device=start.device)
     basis = [start.double() / start.double().norm(dim=-1, keepdim=True)]
     growing = torch.ones(start.shape[:2], dtype=torch.bool, device=start.device)
     for j in range(order):
-        image = pull(basis[j])
+        image = linear.pull(basis[j])
         length = image.norm(dim=-1)
         # Gram-Schmidt twice: a step is near the identity, so nearly all of `image` cancels and takes its digits along.
         for i, vector in [*enumerate(basis)] * 2:
             share = (image * vector).sum(dim=-1)
             hessenberg[..., i, j] += share
             image = image - share[..., None] * vector
-        # Once a Krylov space is complete, zero vectors and an identity block follow: the block's logarithm is zero.
+        # The identity: its logarithm is zero.
         hessenberg[..., j, j] += (~growing).double()
         norm = image.norm(dim=-1)
         growing = growing & (norm > 1e-12 * length)
         if j + 1 < order:
             hessenberg[..., j + 1, j] = norm.where(growing, 0)
             basis.append((image / norm[..., None]).where(growing[..., None], 0))
-    return hessenberg
+    if not bool(torch.isfinite(hessenberg).all()):
+        raise InvdpoError(
+            f"log_prob: the eps-model's derivative in {linear.where} is not finite; check its weights, or use float32 "
+            "or float64"
+        )
+    return hessenberg, torch.stack(basis)
 
 
-def _signs(shape: tuple[int, ...], generator: torch.Generator, like: Tensor) -> Tensor:
+def random_signs(shape: tuple[int, ...], generator: torch.Generator, like: Tensor) -> Tensor:
     """Random signs on the device and in the type of `like`."""
     return torch.randint(2, shape, generator=generator, device=generator.device).mul_(2).sub_(1).to(like)
 

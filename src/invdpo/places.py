@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 from invdpo.config import StudyConfig
 
 
@@ -20,4 +23,22 @@ def places(study: StudyConfig) -> str:
         return f"\n{name} has no results yet: make reproduce STUDY={name}"
     if not (root / "report.html").exists():
         lines.append(f"  {root / 'report.html'}: make report STUDY={name} writes it; open it in a browser")
+    if saved := _saved(root):
+        lines.append(saved)
     return "\n".join([f"\nResults of {name}:", *lines])
+
+
+def _saved(root: Path) -> str | None:
+    """What sharing inversions saved the runs that are there; None where none was found in the cache."""
+    runs = [json.loads(path.read_text(encoding="utf-8")) for path in root.glob("runs/*/seed*/run.json")]
+    savings = [run["trajectory_cache"] for run in runs if "trajectory_cache" in run]
+    found, asked, evals, seconds = (
+        sum(saving[key] for saving in savings) for key in ("found", "asked", "unet_evals", "seconds")
+    )
+    if not found:
+        return None
+    spent = sum(run["unet_evals"] for run in runs)
+    return (
+        f"  {root / 'trajectories'}: {found:,} of {asked:,} inversions were found here, which saved {evals:,} UNet "
+        f"evaluations ({evals / spent:.0%} of all training) and {seconds:,.0f} s; may be deleted"
+    )

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from invdpo.config import ArmEntry, ScorersConfig, StudyConfig, TuningConfig
+from invdpo.config import ArmEntry, ScorersConfig, StudyConfig, TuningConfig, tuned_file
 from invdpo.errors import InvdpoError
 from invdpo.files import replace_when_done
 
@@ -27,11 +27,16 @@ def tuning_of(study: StudyConfig) -> TuningConfig:
 
 
 def grid(study: StudyConfig, arm: str) -> dict[str, ArmEntry]:
-    """The grid points of one arm as arms of their own; beta is not varied where the loss has none."""
+    """The grid points of one arm as arms of their own; beta is not varied where the loss has none.
+
+    Raises InvdpoError where the study gives such an arm a grid of beta of its own.
+    """
     tuning, entry = tuning_of(study), study.arms[arm]
     rates = [{"learning_rate": rate} for rate in tuning.learning_rate]
     has_beta = study.arm(arm).recipe.loss.kind != "winner_only"
-    betas = [{"beta": beta} for beta in tuning.beta] if has_beta else [{}]
+    if not has_beta and arm in tuning.beta:
+        raise InvdpoError(f"`tuning.beta.{arm}` of study `{study.study}`: the arm's loss has no beta. Leave it out.")
+    betas = [{"beta": beta} for beta in tuning.betas(arm)] if has_beta else [{}]
     return {
         f"{arm}_point{number}": entry.model_copy(
             update={"tuned": False, "training": {**entry.training, **rate, **beta}}
@@ -107,7 +112,8 @@ def tune(study: StudyConfig) -> list[Path]:
         best = part.to_dict("records")[int(part["difference_from_base"].to_numpy().argmax())]
         values = {key: float(best[key]) for key in ("learning_rate", "beta") if not pd.isna(best[key])}
         chosen[str(best["method"])] = values
-    tables = [study.root / "tables" / "tuning.csv", Path("config/tuned") / f"{study.study}.csv"]
+    choice = tuned_file(study.study)
+    tables = [study.root / "tables" / "tuning.csv", choice.with_suffix(".csv")]
     for table in tables:
         with replace_when_done(table) as temporary:
             rows.to_csv(temporary, index=False)
@@ -115,7 +121,6 @@ def tune(study: StudyConfig) -> list[Path]:
         f"# Made by `make tune STUDY={study.study}`: each method's best point by {rows['metric'].iloc[0]},\n"
         f"# on seeds {tuning.seeds} and the prompts of {tuning.prompts}. The whole grid: {tables[1].name}\n"
     )
-    choice = tables[1].with_suffix(".yaml")
     with replace_when_done(choice) as temporary:
         temporary.write_text(header + yaml.safe_dump(chosen, sort_keys=True))
     return [*tables, choice]

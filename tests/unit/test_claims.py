@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
-from evidence_fixture import make_study
+from evidence_fixture import make_config, make_study
+from scipy.stats import spearmanr
 
+from invdpo.config import StudyConfig, load_study
 from invdpo.errors import InvdpoError
 from invdpo.evidence import claims
-from invdpo.evidence.load import load_evidence
+from invdpo.evidence.load import Evidence, load_evidence
+from invdpo.experiments.precision import agreement
 
-CLAIMS = Path(__file__).resolve().parents[2] / "config" / "claims.yaml"
+ROOT = Path(__file__).resolve().parents[2]
+CLAIMS = ROOT / "config" / "claims.yaml"
 
 
 @pytest.fixture(autouse=True)
@@ -100,6 +108,7 @@ def test_one_seed_decides_nothing_about_a_method() -> None:
     found = rows(make_study(seeds=1))
     row = found["dpo_above_base", ""]
     assert row.verdict == claims.INCONCLUSIVE and "one training seed" in row.reason
+    assert "; at least 3 training seeds, to know their variance |" in claims.to_markdown([row])
     assert found["zero_gradient_at_the_reference", "inversion_dpo_paper"].verdict == claims.SUPPORTED
 
 
@@ -110,8 +119,288 @@ def test_missing_arms_and_scores_are_not_run() -> None:
     assert found["dpo_above_base", ""].test["metric"] == "hps"
 
 
+PRECISION = {
+    "arms": ["diffusion_dpo", "sft"],
+    "recipes": {"diffusion_dpo": {}, "inversion_dpo_implied": {}, "inversion_dpo_paper": {}},
+    "pairs": 16,
+    "steps": [10, 20],
+    "draws": [1, 64],
+    "truth_steps": 40,
+}
+AUDIT = {
+    "arms": ["inversion_dpo_paper", "inversion_dpo_code"],
+    "pairs": 4,
+    "batches": 3,
+    "images": 4,
+    "roundings": ["none", "float16"],
+}
+
+
+def measured(seeds: int = 3, precision: dict[str, Any] | None = None, audit: dict[str, Any] | None = None) -> Evidence:
+    """A study without scores and runs that has these experiments, before any has run."""
+    content = make_config(seeds=seeds).model_dump(mode="json")
+    content["experiments"] |= {"precision": precision, "audit": audit}
+    return Evidence(StudyConfig.model_validate(content), {}, {})
+
+
+def write_precision(study: StudyConfig, noise: dict[tuple[str, int, int], float], sign: dict[str, int]) -> pd.DataFrame:
+    """The experiment's files: the truth is normal, a surrogate `sign` times it plus normal noise of that size.
+
+    noise: (recipe, steps, draws) -> size. Under the policy `sft` every surrogate is the negative of that.
+    """
+    assert study.experiments.precision is not None
+    rng, rows = np.random.default_rng(3), []
+    pairs = study.experiments.precision.pairs
+    for arm, seed in [(arm, seed) for arm in ("diffusion_dpo", "sft") for seed in study.seeds]:
+        truth = rng.normal(size=2 * pairs)
+        for (recipe, steps, draws), size in noise.items():
+            side = (1 if arm == "diffusion_dpo" else -1) * sign.get(recipe, 1)
+            frame = pd.DataFrame({"pair": np.tile(np.arange(pairs), 2), "side": np.repeat(["win", "lose"], pairs)})
+            values = {"truth": truth, "surrogate": side * truth + size * rng.normal(size=2 * pairs)}
+            place = {"policy": f"{arm}/seed{seed}", "arm": arm, "seed": seed, "recipe": recipe, "steps": steps}
+            rows.append(frame.assign(**values, **place, draws=draws, unet_evals=3.0 * draws))
+    latents = pd.concat(rows, ignore_index=True)
+    write_latents(study, latents)
+    return latents
+
+
+def write_latents(study: StudyConfig, latents: pd.DataFrame) -> None:
+    folder = study.root / "experiments" / "precision"
+    folder.mkdir(parents=True, exist_ok=True)
+    latents.to_csv(folder / "latents.csv", index=False)
+    names = latents[["policy", "arm", "seed"]].drop_duplicates()
+    agreement(latents).merge(names, on="policy").to_csv(folder / "agreement.csv", index=False)
+
+
+NOISE = {
+    ("diffusion_dpo", 1000, 1): 6.0,
+    ("diffusion_dpo", 1000, 64): 0.1,
+    ("inversion_dpo_implied", 10, 1): 9.0,
+    ("inversion_dpo_implied", 20, 1): 0.02,
+    ("inversion_dpo_paper", 10, 1): 9.0,
+    ("inversion_dpo_paper", 20, 1): 0.02,
+}
+
+
+def judged(evidence: Evidence, arms: list[str], **test: Any) -> claims.Verdict:
+    settings = {"kind": "agreement", "arms": arms, "policy": "diffusion_dpo", "metric": "spearman"} | test
+    content = {"id": "x", "locus": "y", "question": "z", "test": settings}
+    return claims.judge(evidence, claims.Claim.model_validate(content))
+
+
+def test_agreement_is_the_precision_tables_at_the_most_steps() -> None:
+    evidence = measured(precision=PRECISION)
+    write_precision(evidence.study, NOISE, {"inversion_dpo_paper": -1})
+    close = judged(evidence, ["inversion_dpo_implied"], threshold=0.95)
+    rows = pd.read_csv(evidence.study.root / "experiments/precision/agreement.csv")
+    rows = rows.query("arm == 'diffusion_dpo' and recipe == 'inversion_dpo_implied' and steps == 20")
+    assert (close.value, close.low, close.high) == pytest.approx(
+        (rows["spearman"].mean(), rows["low"].min(), rows["high"].max())
+    )
+    assert (close.verdict, close.seeds, close.pairs, close.prompts) == (claims.SUPPORTED, 3, 16, 0)
+    assert close.seeds_agreeing == 3 and close.p_value is None
+    assert close.artifacts == ["results/toy/experiments/precision"]
+    mirrored = judged(evidence, ["inversion_dpo_paper"], threshold=0.0)
+    assert mirrored.verdict == claims.NOT_SUPPORTED and mirrored.value is not None and mirrored.value < -0.95
+    assert judged(evidence, ["inversion_dpo_implied"], policy="sft").verdict == claims.NOT_SUPPORTED
+    text = claims.to_markdown([close])
+    assert "policies of Diffusion-DPO: Inversion-DPO (implied noise), N = 20 |" in text
+    assert "| 3 x 16 pairs |" in text and "3 UNet evaluations a latent" in text
+
+
+def test_draws_are_those_of_the_test_or_the_most() -> None:
+    evidence = measured(precision=PRECISION)
+    write_precision(evidence.study, NOISE, {})
+    most, one = judged(evidence, ["diffusion_dpo"]), judged(evidence, ["diffusion_dpo"], draws=1)
+    assert most.value is not None and one.value is not None and most.value > 0.95 and one.value < 0.6
+    assert [row.test["measured"][0]["draws"] for row in (most, one)] == [64, 1]
+    assert one.test["measured"][0]["inversion_steps"] is None, "1000 training timesteps are no inversion"
+    both = judged(evidence, ["inversion_dpo_implied", "diffusion_dpo"], draws=1)
+    assert "Inversion-DPO (implied noise), N = 20 minus Diffusion-DPO, 1 draw |" in claims.to_markdown([both])
+    assert "3 UNet evaluations a latent against 3" not in both.reason and "3 against 3 UNet" in both.reason
+    alone = judged(evidence, ["inversion_dpo_implied"], draws=64)
+    assert alone.value == judged(evidence, ["inversion_dpo_implied"]).value, "it draws nothing"
+
+
+def test_difference_of_correlations_is_paired_by_seed_and_pair() -> None:
+    evidence = measured(precision=PRECISION)
+    latents = write_precision(evidence.study, NOISE, {})
+    row = judged(evidence, ["inversion_dpo_implied", "diffusion_dpo"], draws=1)
+
+    def by_seed(recipe: str, steps: int) -> list[float]:
+        rows = latents.query(f"arm == 'diffusion_dpo' and recipe == '{recipe}' and steps == {steps} and draws == 1")
+        return [float(np.asarray(spearmanr(part[["surrogate", "truth"]]))[0]) for _, part in rows.groupby("seed")]
+
+    expected = np.mean(np.subtract(by_seed("inversion_dpo_implied", 20), by_seed("diffusion_dpo", 1000)))
+    assert row.value == pytest.approx(expected) and row.low is not None and row.high is not None
+    assert 0 < row.low < expected < row.high and row.verdict == claims.SUPPORTED
+    assert (row.seeds, row.pairs, row.seeds_agreeing) == (3, 16, 3)
+    back = judged(evidence, ["diffusion_dpo", "inversion_dpo_implied"], draws=1)
+    assert (back.low, back.high) == pytest.approx((-row.high, -row.low)) and back.verdict == claims.NOT_SUPPORTED
+    same = judged(evidence, ["diffusion_dpo", "diffusion_dpo"], draws=1)
+    assert (same.value, same.low, same.high) == (0, 0, 0), "two surrogates that agree have no spread between them"
+
+
+def test_difference_of_correlations_varies_over_seeds_as_well() -> None:
+    """One seed of three on which the first recipe is the worse by far: resampling pairs alone would not show it."""
+    evidence = measured(precision=PRECISION)
+    latents = write_precision(evidence.study, dict.fromkeys(NOISE, 0.05), {})
+    implied = (latents["recipe"] == "inversion_dpo_implied") & (latents["seed"] == 2)
+    latents.loc[implied, "surrogate"] *= -1
+    write_latents(evidence.study, latents)
+    row = judged(evidence, ["inversion_dpo_implied", "diffusion_dpo"], draws=1)
+    assert row.low is not None and row.high is not None
+    assert row.low < -1.9 and row.high > -0.05 and row.seeds_agreeing is not None and row.seeds_agreeing < 3
+    assert row.verdict != claims.SUPPORTED
+
+
+def test_order_counts_pairs_as_the_truth_has_them() -> None:
+    evidence = measured(precision=PRECISION | {"pairs": 4})
+    latents = write_precision(evidence.study, NOISE, {})
+    sides = latents["side"] == "win"
+    latents["truth"] = np.where(sides, 1.0, 0.0)
+    latents.loc[latents["pair"] == 3, "truth"] = np.where(latents["seed"] == 1, np.nan, 1.0)[latents["pair"] == 3]
+    # Of the three pairs with a truth: one ordered as it, one against it, one tied.
+    order = np.array([1.0, -1.0, 0.0, 1.0])[latents["pair"]]
+    latents["surrogate"] = np.where(sides, order, 0.0)
+    latents.loc[latents["recipe"] == "inversion_dpo_implied", "surrogate"] = np.where(sides, 1.0, 0.0)[
+        latents["recipe"] == "inversion_dpo_implied"
+    ]
+    write_latents(evidence.study, latents)
+    share = judged(evidence, ["diffusion_dpo"], metric="order")
+    assert share.value == pytest.approx(0.5) and share.pairs == 3
+    assert "| 0.5 [" in claims.to_markdown([share])
+    row = judged(evidence, ["inversion_dpo_implied", "diffusion_dpo"], metric="order")
+    assert row.value == pytest.approx(0.5) and (row.low, row.high) == pytest.approx((0, 1))
+    assert row.p_value is not None and row.verdict == claims.INCONCLUSIVE and row.would_settle.endswith(" pairs")
+
+
+def test_agreement_under_one_seed_is_inconclusive() -> None:
+    evidence = measured(seeds=1, precision=PRECISION)
+    write_precision(evidence.study, NOISE, {})
+    for test in ({}, {"metric": "order"}):
+        row = judged(evidence, ["inversion_dpo_implied"], **test)
+        assert row.verdict == claims.INCONCLUSIVE and "one training seed" in row.reason and row.value is not None
+
+
+def test_no_pair_with_a_truth_under_every_seed() -> None:
+    evidence = measured(precision=PRECISION)
+    latents = write_precision(evidence.study, NOISE, {})
+    latents.loc[latents["pair"] % 3 == latents["seed"], "truth"] = np.nan
+    write_latents(evidence.study, latents)
+    assert judged(evidence, ["diffusion_dpo"]).pairs == 10, "the fewest that a seed has, of 16"
+    for metric in ("spearman", "order"):
+        row = judged(evidence, ["inversion_dpo_implied", "diffusion_dpo"], metric=metric)
+        assert row.verdict == claims.INCONCLUSIVE and row.value is None and "under every seed" in row.reason
+
+
+def test_a_surrogate_that_never_changes_has_no_correlation() -> None:
+    evidence = measured(precision=PRECISION)
+    latents = write_precision(evidence.study, NOISE, {})
+    latents.loc[(latents["recipe"] == "inversion_dpo_paper") & (latents["seed"] == 1), "surrogate"] = 0.0
+    write_latents(evidence.study, latents)
+    for arms in (["inversion_dpo_paper"], ["inversion_dpo_paper", "diffusion_dpo"]):
+        row = judged(evidence, arms)
+        assert row.verdict == claims.INCONCLUSIVE and row.value is None and "same for all latents" in row.reason
+
+
+def write_gradients(study: StudyConfig, norms: dict[tuple[str, str], list[float]]) -> None:
+    """norms: (recipe, rounding) -> one a batch, at the base; at a checkpoint and in bf16 every one is 9."""
+    rows = [
+        {"recipe": recipe, "policy": policy, "precision": precision, "noise": noise, "batch": batch, "pairs": 4}
+        | {"gradient_norm": norm if (policy, precision) == ("initial", "fp32") else 9.0}
+        for (recipe, noise), found in norms.items()
+        for policy, precision in (("initial", "fp32"), ("initial", "bf16"), ("diffusion_dpo/step8", "fp32"))
+        for batch, norm in enumerate(found)
+    ]
+    folder = study.root / "experiments" / "audit"
+    folder.mkdir(parents=True)
+    pd.DataFrame(rows).to_csv(folder / "gradients.csv", index=False)
+
+
+@pytest.mark.parametrize(
+    ("norms", "lower", "higher"),
+    [
+        ([0.0, 0.0, 0.0], claims.SUPPORTED, claims.NOT_SUPPORTED),
+        ([0.0, 0.0, 1e-30], claims.INCONCLUSIVE, claims.INCONCLUSIVE),
+        ([2.0, 3.0, 7.0], claims.NOT_SUPPORTED, claims.SUPPORTED),
+    ],
+)
+def test_gradients_of_the_audit(norms: list[float], lower: str, higher: str) -> None:
+    evidence = measured(seeds=1, audit=AUDIT)
+    other = [5.0, 5.0, 5.0] if lower == claims.SUPPORTED else [0.0, 0.0, 0.0]
+    arm = "inversion_dpo_paper"
+    write_gradients(
+        evidence.study, {(arm, "none"): other, (arm, "float16"): norms, ("inversion_dpo_code", "none"): other}
+    )
+    test = {"kind": "gradient", "policy": None, "metric": "primary", "rounding": "float16"}
+    for direction, verdict in (("lower", lower), ("higher", higher)):
+        row = judged(evidence, [arm], **test, direction=direction)
+        assert row.verdict == verdict and (row.low, row.high) == (min(norms), max(norms))
+        assert row.value == pytest.approx(np.mean(norms)) and (row.batches, row.pairs) == (3, 4)
+    text = claims.to_markdown([row])
+    assert "| 3 batches x 4 pairs |" in text and "weights rounded to float16: Inversion-DPO (Eq. 16)" in text
+
+
+@pytest.mark.parametrize(
+    ("settings", "test", "reason"),
+    [
+        ({}, {}, r"no `experiments.precision`; add it"),
+        ({"precision": PRECISION | {"arms": ["sft"]}}, {}, r"`experiments.precision.arms` lacks diffusion_dpo"),
+        ({"precision": PRECISION}, {"arms": ["inversion_dpo_exact"]}, r"precision.recipes` lacks inversion_dpo_exact"),
+        ({"precision": PRECISION}, {"draws": 8}, r"precision.draws` lacks 8"),
+        ({}, {"rounding": "none"}, r"no `experiments.audit`; add it"),
+        ({"audit": AUDIT}, {"arms": ["diffusion_dpo"], "rounding": "none"}, r"audit.arms` lacks diffusion_dpo"),
+        ({"audit": AUDIT}, {"rounding": "bfloat16"}, r"audit.roundings` lacks bfloat16"),
+        ({"audit": AUDIT | {"precisions": ["bf16"]}}, {"rounding": "none"}, r"audit.precisions` lacks fp32"),
+    ],
+)
+def test_experiments_that_are_lacking_are_not_run(settings: dict, test: dict, reason: str) -> None:
+    if "rounding" in test:
+        test = {"kind": "gradient", "policy": None} | test
+    row = judged(measured(**settings), test.pop("arms", ["inversion_dpo_paper"]), **test)
+    assert row.verdict == claims.NOT_RUN and re.search(reason, row.reason) and row.reason in claims.to_markdown([row])
+
+
+def test_missing_and_stale_files_of_an_experiment_name_the_command() -> None:
+    evidence = measured(precision=PRECISION, audit=AUDIT)
+    gradient = {"kind": "gradient", "policy": None, "rounding": "none"}
+    for arms, test, name in ((["diffusion_dpo"], {}, "precision"), (["inversion_dpo_paper"], gradient, "audit")):
+        with pytest.raises(InvdpoError, match=rf"missing. Run `invdpo experiment {name} --study config/toy.yaml`"):
+            judged(evidence, arms, **test)
+    latents = write_precision(evidence.study, NOISE, {})
+    write_latents(evidence.study, latents.loc[latents["seed"] != 2])
+    with pytest.raises(InvdpoError, match=r"seeds \[0, 1\] of diffusion_dpo.*invdpo experiment precision .* again"):
+        judged(evidence, ["diffusion_dpo"])
+    write_latents(evidence.study, latents.loc[(latents["recipe"] != "diffusion_dpo") | (latents["draws"] == 64)])
+    with pytest.raises(InvdpoError, match=r"draws \[64\]"):
+        judged(evidence, ["diffusion_dpo"])
+    write_latents(evidence.study, latents.loc[latents["recipe"] != "diffusion_dpo"])
+    with pytest.raises(InvdpoError, match=r"draws \[\]"):
+        judged(evidence, ["diffusion_dpo"])
+    write_gradients(evidence.study, {("inversion_dpo_paper", "none"): [0.0]})
+    with pytest.raises(InvdpoError, match=r"1 batches of inversion_dpo_paper.*invdpo experiment audit"):
+        judged(evidence, ["inversion_dpo_paper"], **gradient)
+
+
+@pytest.mark.parametrize("name", ["shapes", "shapes_full"])
+def test_the_studies_can_run_every_claim_on_experiments(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None of them is `not run` for want of a recipe, a rounding or draws: all ask for files, which are not there."""
+    monkeypatch.chdir(ROOT)
+    study = load_study(f"config/{name}.yaml").model_copy(update={"study": "nowhere"})
+    asked = [claim for claim in claims.load_claims(CLAIMS) if claim.test.kind == "agreement" or claim.test.rounding]
+    assert len(asked) >= 6
+    for claim in asked:
+        for variant in claim.variants:
+            with pytest.raises(InvdpoError, match=r"results/nowhere/experiments/\w+/\w+.csv is missing"):
+                claims.judge(Evidence(study, {}, {}), claim, variant)
+
+
 def test_files_are_complete_and_stable() -> None:
-    study = make_study()
+    study = make_study(study=measured(precision=PRECISION, audit=AUDIT).study)
+    write_precision(study, NOISE, {})
+    arms = ("inversion_dpo_paper", "inversion_dpo_code")
+    write_gradients(study, {(arm, rounding): [0.0] * 3 for arm in arms for rounding in ("none", "float16")})
     first = [path.read_bytes() for path in claims.write(study)]
     assert [path.read_bytes() for path in claims.write(study)] == first
     content = json.loads((study.root / "claims.json").read_text())["claims"]
@@ -119,6 +408,9 @@ def test_files_are_complete_and_stable() -> None:
     assert all(needed <= set(row) for row in content)
     ids = {claim.id for claim in claims.load_claims(CLAIMS)}
     assert {row["id"] for row in content} == ids
+    assert [asdict(row) for row in claims.read_verdicts(study.root / "claims.json")] == content
+    assert {"draws", "policy", "rounding"}.isdisjoint(content[0]["test"]), "settings of other kinds"
+    assert sum(row["test"]["kind"] == "agreement" and row["verdict"] != claims.NOT_RUN for row in content) == 7
     lines = (study.root / "claims.md").read_text().splitlines()
     assert len(lines) == len(content) + 2
     assert len({line.replace("\\|", "").count("|") for line in lines}) == 1
@@ -134,6 +426,20 @@ def test_files_are_complete_and_stable() -> None:
         ("claims: [", "YAML"),
         (f"claims: [{{id: a, locus: x, question: q, quote: '{'word ' * 26}', test: {{kind: trend}}}}]", "25 words"),
         ("claims: [&x {id: a, locus: x, question: q, test: {kind: trend}}, *x]", "twice"),
+        ("claims: [{id: a, locus: x, question: q, test: {kind: agreement}}]", "needs 1 or 2 arms"),
+        (
+            "claims: [{id: a, locus: x, question: q, test: {kind: agreement, arms: [a], policy: b}}]",
+            "one of spearman, order",
+        ),
+        (
+            "claims: [{id: a, locus: x, question: q, test: {kind: agreement, arms: [a], metric: order}}]",
+            "needs `policy`",
+        ),
+        ("claims: [{id: a, locus: x, question: q, test: {kind: trend, draws: 1}}]", "`draws` belongs to .* agreement"),
+        (
+            "claims: [{id: a, locus: x, question: q, test: {kind: rise, arms: [a], rounding: none}}]",
+            "`rounding` belongs",
+        ),
     ],
 )
 def test_bad_claims_files_are_refused(text: str, message: str) -> None:

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from invdpo import cli
-from invdpo.config import StudyConfig, dump_study, load_study
+from invdpo.config import StudyConfig, TunedValues, dump_study, load_study
 from invdpo.errors import InvdpoError
 from invdpo.provenance import verify_checksums
 
@@ -80,6 +80,25 @@ def test_user_errors_are_one_message_and_exit_code_1(
     assert "has no seed 7; its seeds are [0, 1]" in capsys.readouterr().err
     assert invoke(monkeypatch, "train", "--study", "absent.yaml", "--arm", "dpo", "--log", "train.log") == 1
     assert "absent.yaml cannot be read" in Path("train.log").read_text()
+
+
+def test_an_arm_without_its_tuned_values_is_neither_trained_nor_audited(
+    tiny_study: MakeStudy, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tuning = {"arms": ["dpo"], "learning_rate": [1.0e-4], "beta": [5.0], "seeds": [9], "prompts": "tuning.txt"}
+    audit = {"arms": ["dpo"], "pairs": 2, "batches": 1, "images": 2}
+    scorers = {"pickscore": {"model": "pickscore"}}
+    study = tiny_study(tuning=tuning, scorers=scorers, experiments={"audit": audit}, tuned="config/tuned/tiny.yaml")
+    for stage in (["train", "--arm", "dpo"], ["experiment", "audit"]):
+        assert invoke(monkeypatch, *stage, "--study", written(study)) == 1
+        said = capsys.readouterr().err
+        assert said.startswith("error: Arm `dpo` of study `tiny` has no learning rate and beta yet")
+        assert "Run `make tune STUDY=tiny` first" in said
+    assert invoke(monkeypatch, "check", "--study", written(study)) == 0
+    assert "beta 5000 (not tuned yet), 2 seeds" in capsys.readouterr().out
+    chosen = study.model_copy(update={"tuned": {"diffusion_dpo": TunedValues(beta=7.0)}})
+    assert invoke(monkeypatch, "check", "--study", written(chosen)) == 0
+    assert "beta 7, 2 seeds" in capsys.readouterr().out
 
 
 def test_debug_shows_the_traceback(tiny_study: MakeStudy, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,6 +169,15 @@ def test_schema_is_written(tiny_study: MakeStudy, monkeypatch: pytest.MonkeyPatc
     tiny_study()
     assert invoke(monkeypatch, "schema", "out/schema.json") == 0
     assert "arms" in json.loads(Path("out/schema.json").read_text())["properties"]
+
+
+def test_the_page_of_methods_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert invoke(monkeypatch, "methods", "out/methods.md") == 0
+    committed = Path(__file__).resolve().parents[2] / "docs" / "methods.md"
+    assert Path("out/methods.md").read_text() == committed.read_text()
+    assert invoke(monkeypatch, "methods") == 0
+    assert Path("docs/methods.md").is_file()
 
 
 def test_help_is_quick_and_needs_neither_torch_nor_diffusers() -> None:

@@ -130,6 +130,54 @@ def test_precedence_is_study_then_tuned_then_arm(tmp_path: Path) -> None:
     assert study.arm("published").recipe.beta == 5000.0
 
 
+def test_tuned_values_may_come_from_several_files(tmp_path: Path) -> None:
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text("diffusion_dpo: {beta: 7.0}\n")
+    second.write_text("sft: {learning_rate: 2.0e-4}\n")
+    data = minimal(tuned=[str(first), str(second)], arms={"a": {"method": "diffusion_dpo"}, "b": {"method": "sft"}})
+    study = parse_study(data, "study")
+    assert (study.arm("a").recipe.beta, study.arm("b").learning_rate) == (7.0, 2.0e-4)
+    second.write_text("diffusion_dpo: {learning_rate: 2.0e-4}\n")
+    assert f"{first} and {second} both hold values of `diffusion_dpo`" in refusal(data)
+    second.write_text("[diffusion_dpo]\n")
+    assert f"{second} holds no mapping of methods to values" in refusal(data)
+    assert "`tuned`: Value error, a list here names YAML files" in refusal(minimal(tuned=[{"sft": {}}]))
+
+
+TUNING = {
+    "arms": ["dpo"],
+    "learning_rate": [1.0e-4],
+    "beta": [5.0],
+    "seeds": [1000],
+    "prompts": "tuning.txt",
+}
+
+
+def test_only_the_file_that_the_studys_own_grid_makes_may_be_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    own = "config/tuned/tiny.yaml"
+    study = parse_study(minimal(tuned=own, tuning=TUNING), "study")
+    assert study.awaits_tuning("dpo") and not study.awaits_tuning("base")
+    assert "config/tuned/tiny.yaml cannot be read" in refusal(minimal(tuned=own))
+    assert "config/tuned/other.yaml cannot be read" in refusal(
+        minimal(tuned=["config/tuned/other.yaml", own], tuning=TUNING)
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "awaited"),
+    [
+        ({}, True),
+        ({"tuned": {"diffusion_dpo": {"beta": 7.0}}}, False),
+        ({"arms": {"dpo": {"method": "diffusion_dpo", "tuned": False}}}, False),
+    ],
+)
+def test_an_arm_awaits_its_grid_until_there_are_values_or_it_wants_none(changes: dict[str, Any], awaited: bool) -> None:
+    assert parse_study(minimal(tuning=TUNING, **changes), "study").awaits_tuning("dpo") == awaited
+
+
 def test_recipe_gives_what_the_study_leaves_open() -> None:
     study = parse_study(minimal(training={"steps": 1}), "study")
     arm = study.arm("dpo")

@@ -26,6 +26,9 @@ INVERTED = [
 WRITTEN_OUT = [*INVERTED, "diffusion_dpo", "p_single", "q_single", "sft"]  # the others are in test_recipes.py
 PAIRED = [method for method in METHODS if method != "sft"]
 SHARED = [method for method in PAIRED if method != "diffusion_kto"]
+# The other's values and gradients are in test_likelihood_dpo.py: they take products with Jacobians, which no network
+# sees.
+SURROGATES = [method for method in METHODS if method != "likelihood_dpo"]
 SHAPE = (2, 3, 3)
 N = 6
 
@@ -263,7 +266,8 @@ def test_streaming_is_the_full_graph(method, pairs, chunk):
     assert not out.loss.requires_grad
     assert not out.logratio_win.requires_grad
     assert policy.widest <= max(chunk, 2 if method == "inversion_dpo_code" else 1)
-    assert out.unet_evals == policy.latents + 2 * policy.latents_with_gradient + reference.latents
+    if method in SURROGATES:
+        assert out.unet_evals == policy.latents + 2 * policy.latents_with_gradient + reference.latents
 
 
 @pytest.mark.parametrize("pairs", [1, 3])
@@ -289,7 +293,7 @@ def test_passes_are_as_few_as_they_can_be(pairs):
             assert policy.latents_with_gradient == points * rows
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SURROGATES)
 def test_counts_are_what_the_networks_saw(method):
     policy, reference = networks()
     win, lose, cond = batch()

@@ -10,11 +10,12 @@ import pytest
 
 from invdpo.config import load_study
 from invdpo.evidence.claims import load_claims, read_verdicts, summary
-from invdpo.evidence.publish import BEGIN, END
+from invdpo.evidence.publish import BEGIN, END, figures_folder
 from invdpo.evidence.statistics import paired_difference
 from invdpo.provenance import sha256_file
 
 REFERENCE = Path("results/reference/shapes")
+STUDIES = sorted(path.name for path in REFERENCE.parent.iterdir())
 
 
 def test_the_readmes_verdicts_are_those_of_the_reference_run() -> None:
@@ -22,10 +23,15 @@ def test_the_readmes_verdicts_are_those_of_the_reference_run() -> None:
     assert block.strip() == summary(read_verdicts(REFERENCE / "claims.json")).strip()
 
 
-def test_no_published_file_was_touched() -> None:
-    listed = json.loads((REFERENCE / "provenance.json").read_text())["files"]
-    assert listed == {name: sha256_file(REFERENCE / name) for name in listed}
-    for path in Path("paper_figures").iterdir():
+@pytest.mark.parametrize("study", STUDIES)
+def test_no_published_file_was_touched(study: str) -> None:
+    reference = REFERENCE.parent / study
+    listed = json.loads((reference / "provenance.json").read_text())["files"]
+    assert listed == {name: sha256_file(reference / name) for name in listed}
+    figures = figures_folder(Path("."), study, judged=(reference / "claims.json").is_file())
+    shown = [path for path in figures.iterdir() if path.is_file()]
+    assert len(shown) == sum(name.startswith(("tables/", "figures/")) for name in listed)
+    for path in shown:
         part = "tables" if path.suffix in (".csv", ".md", ".tex") else "figures"
         assert sha256_file(path) == listed[f"{part}/{path.name}"]
 
@@ -39,13 +45,14 @@ def test_every_claim_is_judged_and_none_by_another_rule() -> None:
         assert judged[claim.id]["threshold"] == claim.test.threshold
 
 
-def test_the_reference_run_used_the_committed_study() -> None:
-    study = load_study("config/shapes.yaml")
-    runs = json.loads((REFERENCE / "provenance.json").read_text())["runs"]
+@pytest.mark.parametrize("name", STUDIES)
+def test_the_reference_run_used_the_committed_study(name: str) -> None:
+    study = load_study(f"config/{name}.yaml")
+    runs = json.loads((REFERENCE.parent / name / "provenance.json").read_text())["runs"]
     assert set(runs) == set(study.arms)
-    for name, seeds in runs.items():
+    for arm_name, seeds in runs.items():
         assert set(seeds) == {f"seed{seed}" for seed in study.seeds}
-        arm = study.arm(name)
+        arm = study.arm(arm_name)
         for run in seeds.values():
             assert not run["git_dirty"]
             assert (run["method"], run["labels"]) == (arm.method, arm.labels)

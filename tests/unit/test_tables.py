@@ -230,6 +230,46 @@ def test_publish_copies_and_rewrites_the_readme() -> None:
         publish.publish(study)
 
 
+def test_another_study_is_published_beside_the_one_that_judges_the_claims() -> None:
+    from invdpo.evidence import claims
+
+    first = make_study()
+    second = first.model_copy(
+        update={
+            "study": "methods",
+            "claims": None,
+            "experiments": first.experiments.model_copy(update={"inversion_steps": {}, "q_vs_p": None}),
+        }
+    )
+    make_study(study=second)
+    readme = Path("README.md")
+    readme.write_text(f"# Title\n{publish.BEGIN}\nold\n{publish.END}\n")
+    for study in (first, second):
+        tables.write(study)
+        (study.root / "figures").mkdir()
+        for name in ("fig3.png", "inversion_steps.png"):
+            (study.root / "figures" / name).write_text(study.study)
+    claims.write(first)
+
+    written = publish.publish(second)
+    names = {str(path.relative_to("results/reference/methods")) for path in written}
+    assert {"tables/table1.csv", "tables/controls.md", "figures/fig3.png", "provenance.json"} <= names
+    assert not [name for name in names if name.startswith(("claims", "tables/table3", "tables/table_s5"))]
+    shown = {path.name for path in Path("paper_figures/methods").iterdir()}
+    assert {"table1.tex", "fig3.png"} <= shown and not shown & {"table3.tex", "table_s5.tex", "inversion_steps.png"}
+    assert "old" in readme.read_text()
+
+    publish.publish(first)
+    verdicts = readme.read_text()
+    assert "old" not in verdicts
+    assert {path.name for path in Path("paper_figures/methods").iterdir()} == shown
+    assert Path("paper_figures/inversion_steps.png").is_file() and Path("paper_figures/table3.tex").is_file()
+    publish.publish(second)
+    assert readme.read_text() == verdicts
+    assert Path("paper_figures/fig3.png").read_text() == "toy"
+    assert Path("paper_figures/methods/fig3.png").read_text() == "methods"
+
+
 def test_scores_too_large_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     study = make_study()
     monkeypatch.setattr(publish, "MAX_SCORES_BYTES", 10_000)

@@ -329,6 +329,51 @@ def test_gradient_checkpointing_changes_nothing(study_with_cache: MakeStudy) -> 
     torch.testing.assert_close(saved, plain, rtol=1e-5, atol=1e-7)
 
 
+def test_inversions_are_shared_by_arms_and_change_nothing(study_with_cache: MakeStudy) -> None:
+    """The second arm asks for the inversions that the first computed; neither its weights nor its costs show it."""
+    arm = {"method": "inversion_dpo_implied", "recipe": {"trajectory": {"steps": 3}}}
+    arms = {"one": arm, "two": arm | {"training": {"learning_rate": 2e-4}}, "other": arm | {"labels": "swapped"}}
+    alone = study_with_cache(arms=arms)
+    train(alone, "two")
+    expected, costs = weights("two"), [row["unet_evals"] for row in rows("two")]
+    assert json.loads((out("two") / "run.json").read_text())["trajectory_cache"]["asked"] == 0
+    shutil.rmtree("results/tiny/runs")
+    shutil.rmtree("results/tiny/state")
+
+    study = study_with_cache(arms=arms, trajectory_cache_gb=0.1)
+    found = {}
+    for name in arms:
+        train(study, name)
+        found[name] = json.loads((out(name) / "run.json").read_text())["trajectory_cache"]
+    steps = study.arm("two").training.steps
+    assert [found[name]["found"] for name in arms] == [0, steps, 0] and found["one"]["asked"] == steps
+    assert weights("two") == expected
+    assert [row["unet_evals"] for row in rows("two")] == costs
+    assert 0 < found["two"]["unet_evals"] < costs[-1]
+    # What was found still counts as time, so that the order of the arms does not favour the later one.
+    assert rows("two")[-1]["seconds"] > found["two"]["seconds"] > 0
+
+
+def test_savings_survive_an_interruption(study_with_cache: MakeStudy, monkeypatch: pytest.MonkeyPatch) -> None:
+    arm = {"method": "inversion_dpo_paper", "recipe": {"trajectory": {"steps": 3}}}
+    study = study_with_cache(arms={"one": arm, "two": arm}, trajectory_cache_gb=0.1, training={"checkpoints": [1]})
+    train(study, "one")
+    step = loop.Stepper.step
+
+    def interrupted(stepper: loop.Stepper) -> dict[str, Any]:
+        if stepper.progress.step:
+            raise KeyboardInterrupt
+        return step(stepper)
+
+    monkeypatch.setattr(loop.Stepper, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(study, "two")
+    monkeypatch.setattr(loop.Stepper, "step", step)
+    train(study, "two")
+    savings = json.loads((out("two") / "run.json").read_text())["trajectory_cache"]
+    assert savings["asked"] == savings["found"] == study.arm("two").training.steps > 1
+
+
 def test_order_is_one_permutation_an_epoch() -> None:
     order = [pair for step in range(1, 8) for pair in pair_order(0, step, 3, 7)]
     assert all(sorted(order[start : start + 7]) == list(range(7)) for start in (0, 7, 14))

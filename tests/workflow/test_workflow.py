@@ -2,6 +2,7 @@
 
 import ast
 import itertools
+import json
 import os
 import re
 import shutil
@@ -10,6 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from invdpo.config import MEASURED, load_study
 
 ROOT = Path(__file__).resolve().parents[2]
 SNAKEMAKE = [str(Path(sys.executable).parent / "snakemake")]
@@ -82,10 +85,24 @@ def copies(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_every_study_has_a_graph(study: str, tmp_path: Path) -> None:
     folder = copy_tree(tmp_path / "tree")
     planned = jobs(snakemake(folder, "--configfile", f"config/{study}.yaml", "--dry-run"))
-    assert planned["preferences"] == planned["tables"] == planned["figures"] == planned["claims"] == 1
-    assert planned["train"] == planned["evaluate"] > 0
-    assert planned["inversion_error"] == planned["precision"] == planned["audit"] == planned["present"] == 1
+    config = load_study(ROOT / "config" / f"{study}.yaml")
+    assert planned["preferences"] == planned["tables"] == planned["figures"] == planned["mlflow"] == 1
+    assert planned["train"] == planned["evaluate"] == len(config.arms) - 1
+    assert {name for name in (*MEASURED, "claims") if name in planned} == {
+        *config.experiments.measured,
+        *(["claims"] if config.claims else []),
+    }
     assert not (folder / "results").exists(), "a dry run writes nothing"
+
+
+@pytest.mark.parametrize("study", ["shapes", "shapes_methods"])
+def test_a_study_can_be_tuned_before_it_was(study: str, tmp_path: Path) -> None:
+    folder = copy_tree(tmp_path / "tree")
+    (folder / "config" / "tuned" / f"{study}.yaml").unlink(missing_ok=True)
+    planned = jobs(snakemake(folder, "tune", "--configfile", f"config/{study}.yaml", "--dry-run"))
+    tuning = load_study(ROOT / "config" / f"{study}.yaml").tuning
+    assert tuning is not None
+    assert planned == {"preferences": 1, "tune_arm": len(tuning.arms), "tune": 1}
 
 
 def test_a_study_without_experiments_has_no_rule_for_them(tmp_path: Path) -> None:
@@ -95,9 +112,16 @@ def test_a_study_without_experiments_has_no_rule_for_them(tmp_path: Path) -> Non
     start, end = text.index("  inversion_error:"), text.index("claims:")
     config.write_text(text[:start] + text[end:])
     planned = jobs(snakemake(folder, "--configfile", "config/smoke.yaml", "--dry-run"))
-    assert planned["tables"] == 1 and {"inversion_error", "precision", "audit", "present"}.isdisjoint(planned)
+    assert planned["tables"] == planned["claims"] == 1
+    assert {"inversion_error", "precision", "audit", "present"}.isdisjoint(planned)
     text = snakemake(folder, "results/smoke/tables/audit.csv", "--configfile", "config/smoke.yaml", "-n", check=False)
     assert "MissingRuleException" in text
+
+
+def test_verdicts_wait_for_the_experiments_they_rest_on(tmp_path: Path) -> None:
+    folder = copy_tree(tmp_path / "tree")
+    planned = jobs(snakemake(folder, "results/smoke/claims.json", "--configfile", "config/smoke.yaml", "--dry-run"))
+    assert planned["precision"] == planned["audit"] == 1 and "inversion_error" not in planned
 
 
 def test_default_study_is_shapes_and_small_enough(tmp_path: Path) -> None:
@@ -189,6 +213,9 @@ def test_smoke_runs_and_says_where_the_results_are(copies: tuple[Path, Path]) ->
     files += [f"figures/{name}.png" for name in ("inversion_error", "inversion_pictures", "precision", "audit")]
     for name in files:
         assert (folder / "results" / "smoke" / name).stat().st_size > 0
+    verdicts = json.loads((folder / "results" / "smoke" / "claims.json").read_text())["claims"]
+    measured = [row for row in verdicts if row["artifacts"] and "/experiments/" in row["artifacts"][0]]
+    assert len(measured) == 7 and all(row["value"] is not None for row in measured)
     for words in (
         "results/smoke/tables:",
         "results/smoke/figures:",
@@ -236,6 +263,9 @@ def test_edits_rerun_what_they_touch_and_no_more(copies: tuple[Path, Path]) -> N
 
     config.write_text(text.replace("latents: 4", "latents: 5"))
     assert jobs(snakemake(folder, *dry)) == {"inversion_error": 1, "present": 1, "all": 1}
+
+    config.write_text(text.replace("probes: 2", "probes: 3"))
+    assert jobs(snakemake(folder, *dry)) == {"precision": 1, "claims": 1, "present": 1, "all": 1}
 
     one_arm = "\n  diffusion_dpo: {method: diffusion_dpo, training: {learning_rate: 1.23e-5}}\n"
     config.write_text(text.replace("\n  diffusion_dpo: {method: diffusion_dpo}\n", one_arm))

@@ -20,6 +20,15 @@ if TYPE_CHECKING:
 
 BEGIN, END = "<!-- verdicts:begin -->", "<!-- verdicts:end -->"
 MAX_SCORES_BYTES = 5_000_000
+# Tables and figures that every study writes -> what they show of it.
+SHOWN_FOR = {
+    **dict.fromkeys(("table1", "fig3", "fig_s7", "fig_s8", "fig_oracle"), "comparison"),
+    "table3": "inversion_steps",
+    "inversion_steps": "inversion_steps",
+    "table_s5": "q_vs_p",
+    "controls": "controls",
+    "grid": "grids",
+}
 
 
 def replace_block(text: str, block: str, where: str) -> str:
@@ -47,30 +56,48 @@ def _pack_scores(source: Path, target: Path) -> list[Path]:
     return written
 
 
-def publish(study: StudyConfig, repository: Path = Path(".")) -> list[Path]:
-    """Copy tables, figures, claims, costs and scores to results/reference/<study>/, figures and tables to
-    paper_figures/, and the verdicts into README.md. Returns the files written below the reference folder.
+def figures_folder(repository: Path, study: str, judged: bool) -> Path:
+    """Where a study's figures and tables are put for readers; judged: whether it is a study with claims."""
+    return repository / "paper_figures" / ("" if judged else study)
 
-    What an earlier publication left in those two places is replaced. InvdpoError names what is not made yet.
+
+def _shown(study: StudyConfig, folder: Path) -> list[Path]:
+    """The tables or figures in a folder of results, without those that the study has nothing to put into."""
+    experiments = study.experiments
+    empty = {name for name, experiment in SHOWN_FOR.items() if not getattr(experiments, experiment)}
+    return [path for path in sorted(folder.iterdir()) if path.stem not in empty]
+
+
+def publish(study: StudyConfig, repository: Path = Path(".")) -> list[Path]:
+    """Copy tables, figures, claims, costs and scores to results/reference/<study>/ and its figures and tables to
+    paper_figures/. Returns the files written below the reference folder.
+
+    The study that judges the claims is the one that readers meet first: its figures and tables lie in paper_figures/
+    itself, and its verdicts go into README.md. Any other study has paper_figures/<study>/. Tables and figures of
+    experiments that the study has not are left out. What an earlier publication of the study left is replaced.
+    InvdpoError names what is not made yet.
     """
     root = study.root
     readme = repository / "README.md"
-    missing = [
-        str(root / name) for name in ("tables", "figures", "claims.json", "claims.md") if not (root / name).exists()
-    ]
+    verdicts = ("claims.json", "claims.md") if study.claims else ()
+    missing = [str(root / name) for name in ("tables", "figures", *verdicts) if not (root / name).exists()]
     if missing:
         raise InvdpoError(f"Not made yet: {', '.join(missing)}. Run the study first (`make reproduce`).")
-    if not readme.exists():
-        raise InvdpoError(f"{readme}: no such file. Publish from the folder that holds README.md.")
-    verdicts = summary(read_verdicts(root / "claims.json"))
-    text = replace_block(readme.read_text(encoding="utf-8"), verdicts, str(readme))
+    text = None
+    if study.claims:
+        if not readme.exists():
+            raise InvdpoError(f"{readme}: no such file. Publish from the folder that holds README.md.")
+        block = summary(read_verdicts(root / "claims.json"))
+        text = replace_block(readme.read_text(encoding="utf-8"), block, str(readme))
 
     reference = repository / "results" / "reference" / study.study
     with replace_when_done(reference) as folder:
         folder.mkdir(parents=True)
         for name in ("tables", "figures"):
-            shutil.copytree(root / name, folder / name)
-        for name in ("claims.json", "claims.md", "costs.json"):
+            (folder / name).mkdir()
+            for path in _shown(study, root / name):
+                shutil.copy(path, folder / name / path.name)
+        for name in (*verdicts, "costs.json"):
             if (root / name).exists():
                 shutil.copy(root / name, folder / name)
         scores = _pack_scores(root / "scores", folder / "scores")
@@ -89,10 +116,14 @@ def publish(study: StudyConfig, repository: Path = Path(".")) -> list[Path]:
         }
         write_json(folder / "provenance.json", content)
 
-    with replace_when_done(repository / "paper_figures") as folder:
+    figures = figures_folder(repository, study.study, judged=text is not None)
+    with replace_when_done(figures) as folder:
         folder.mkdir(parents=True)
+        for other in filter(Path.is_dir, figures.glob("*")):  # of other studies
+            shutil.copytree(other, folder / other.name)
         for name in ("figures", "tables"):
-            for path in sorted((root / name).iterdir()):
+            for path in _shown(study, root / name):
                 shutil.copy(path, folder / path.name)
-    write_text(readme, text)
+    if text is not None:
+        write_text(readme, text)
     return sorted(path for path in reference.rglob("*") if path.is_file())

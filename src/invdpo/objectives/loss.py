@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from invdpo.errors import InvdpoError
-from invdpo.inversion import guided
+from invdpo.inversion import guided, invert
+from invdpo.inversion.cache import Inverter
 from invdpo.inversion.guidance import evaluations
 from invdpo.objectives import pair_losses
+from invdpo.objectives.likelihood import LogRatios, log_ratios
 from invdpo.objectives.points import Points, as_list, comparison_guidance, make_points
 from invdpo.objectives.recipe import Recipe
 from invdpo.schedule import NoiseSchedule, widen
@@ -32,17 +34,23 @@ class LossOutput:
 
 
 @dataclass(frozen=True)
-class Batch:
-    """What one evaluation of an objective needs: the points of B pairs, R latents, and the networks as compared."""
+class Compared:
+    """B pairs, R latents, and how their log-ratios make a loss. strength (B,): where the recipe weights by it."""
 
     recipe: Recipe
+    pairs: int
+    rows: int
+    strength: Tensor | None
+
+
+@dataclass(frozen=True)
+class Batch(Compared):
+    """The same with all that an evaluation of an objective needs: the points, and the networks as compared."""
+
     policy: EpsModel
     reference: EpsModel
     cond: Conditioning | None
     points: Points
-    pairs: int
-    rows: int
-    strength: Tensor | None
 
     def policy_evals(self) -> int:
         """UNet evaluations of one forward pass of the policy over every point."""
@@ -65,8 +73,47 @@ def prepare(
     generator: torch.Generator | Sequence[torch.Generator],
     chunk: int | None,
     strength: Tensor | None,
+    inverter: Inverter = invert,
 ) -> Batch:
     """Every draw and every network call that needs no gradient."""
+    compared, reference, x0, cond, schedule = _checked(recipe, reference, x0_win, x0_lose, cond, schedule, strength)
+    generators = as_list(generator, compared.pairs)
+    points = make_points(recipe, policy, reference, x0, cond, schedule, generators, chunk, inverter)
+    guidance = comparison_guidance(recipe)
+    if guidance == 1 and cond is not None:
+        cond = cond.without_uncond()
+    networks = guided(policy, guidance), guided(reference, guidance)
+    return Batch(recipe, compared.pairs, len(x0), compared.strength, *networks, cond, points)
+
+
+def prepare_likelihood(
+    recipe: Recipe,
+    policy: EpsModel,
+    reference: EpsModel,
+    x0_win: Tensor,
+    x0_lose: Tensor | None,
+    cond: Conditioning | None,
+    schedule: NoiseSchedule,
+    generator: torch.Generator | Sequence[torch.Generator],
+    chunk: int | None,
+    strength: Tensor | None,
+) -> tuple[Compared, LogRatios]:
+    """The same for log_ratio.form `likelihood`, whose networks are compared by whole trajectories and at no point."""
+    compared, reference, x0, cond, schedule = _checked(recipe, reference, x0_win, x0_lose, cond, schedule, strength)
+    generators = as_list(generator, compared.pairs)
+    return compared, log_ratios(recipe, policy, reference, x0, cond, schedule, generators, chunk)
+
+
+def _checked(
+    recipe: Recipe,
+    reference: EpsModel,
+    x0_win: Tensor,
+    x0_lose: Tensor | None,
+    cond: Conditioning | None,
+    schedule: NoiseSchedule,
+    strength: Tensor | None,
+) -> tuple[Compared, EpsModel, Tensor, Conditioning | None, NoiseSchedule]:
+    """The pairs, the reference as it is told timesteps, x0 and cond of R rows, and the schedule of the recipe."""
     pairs = len(x0_win)
     if pairs == 0:
         raise InvdpoError("preference loss: got no pair; give at least one winner and loser")
@@ -77,7 +124,7 @@ def prepare(
         raise InvdpoError(f"preference loss: winners are {tuple(x0_win.shape)}, losers {got}; they must be alike")
     else:
         x0 = torch.cat([x0_win, x0_lose])
-    strength = _checked(strength, pairs, recipe.name) if recipe.loss.weight_by_strength else None
+    strength = _checked_strength(strength, pairs, recipe.name) if recipe.loss.weight_by_strength else None
     reference = _told_in(recipe.reference_label_dtype, reference)
     schedule = schedule.to(x0.device)
     if recipe.trajectory.steps_offset is not None:
@@ -85,14 +132,10 @@ def prepare(
     if recipe.trajectory.guidance_scale == 1 and cond is not None:
         cond = cond.without_uncond()
     cond = select(cond, torch.arange(len(x0)) % pairs)
-    points = make_points(recipe, policy, reference, x0, cond, schedule, as_list(generator, pairs), chunk)
-    if comparison_guidance(recipe) == 1 and cond is not None:
-        cond = cond.without_uncond()
-    guidance = comparison_guidance(recipe)
-    return Batch(recipe, guided(policy, guidance), guided(reference, guidance), cond, points, pairs, len(x0), strength)
+    return Compared(recipe, pairs, len(x0), strength), reference, x0, cond, schedule
 
 
-def _checked(strength: Tensor | None, pairs: int, name: str) -> Tensor:
+def _checked_strength(strength: Tensor | None, pairs: int, name: str) -> Tensor:
     if strength is None:
         raise InvdpoError(
             f"recipe {name!r}: loss.weight_by_strength needs the pairs' preference strengths: pass `strength`, (B,) "
@@ -158,8 +201,8 @@ def measure(batch: Batch, point_terms: Tensor) -> Tensor:
     return torch.cat([part.contiguous().sum(dim=1) for part in weighted.split(batch.pairs, dim=2)], dim=1)
 
 
-def output(batch: Batch, measured: Tensor, unet_evals: int) -> LossOutput:
-    """The loss and what is logged beside it, from what `measure` gave (S,R)."""
+def output(batch: Compared, measured: Tensor, unet_evals: int) -> LossOutput:
+    """The loss and what is logged beside it, from what `measure` gave (S,R), log-ratios first."""
     spec, beta = batch.recipe.loss, batch.recipe.beta
     if spec.kind == "winner_only":
         return LossOutput(-measured[0].mean(), measured[0], None, unet_evals)
@@ -194,7 +237,8 @@ def preference_loss(
     cond has B rows (a pair shares its prompt). generator: one, or one a pair. strength: (B,) in [-1, 1], 2p - 1 for a
     probability p that the winner is the better one, 1 for a plain winner; used where loss.weight_by_strength says so.
     Keeps the graph of every point alive; `backward` gives the same gradient in constant memory. `unet_evals` counts the
-    forward passes made here only. The networks must accept x0's dtype; their predictions may come in another.
+    passes made here only: forward ones, and for log_ratio.form `likelihood` the vector-Jacobian products of its values.
+    The networks must accept x0's dtype; their predictions may come in another.
 
     Timesteps `single` and `subset` make each log-ratio, and so the loss's argument s, an unbiased estimate s' of the
     value at `all`. The loss L of s' is then biased (Jensen's inequality), to leading order by L''(s) Var(s') / 2, which
@@ -203,10 +247,15 @@ def preference_loss(
     variance (N - 1 in its denominator) of s' at one timestep: both biases vanish as K goes to N.
 
     Raises InvdpoError for winners and losers that are not alike, strengths that are missing or out of range, generators
-    that are not one a pair, guidance without `cond.uncond`, or a non-finite inversion.
+    that are not one a pair, guidance without `cond.uncond`, a non-finite inversion, or a step of it that has no
+    log-determinant where the recipe needs that.
     """
-    batch = prepare(recipe, policy, reference, x0_win, x0_lose, cond, schedule, generator, None, strength)
-    return full_graph(batch)
+    arguments = (recipe, policy, reference, x0_win, x0_lose, cond, schedule, generator, None, strength)
+    if recipe.log_ratio.form == "likelihood":
+        compared, ratios = prepare_likelihood(*arguments)
+        values, evals = ratios.with_graph()
+        return output(compared, values[None], ratios.unet_evals + evals)
+    return full_graph(prepare(*arguments))
 
 
 def full_graph(batch: Batch) -> LossOutput:

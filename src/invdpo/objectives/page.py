@@ -6,7 +6,7 @@ from invdpo.objectives.recipe import Recipe, known_methods, load_recipe
 
 HEAD = """# Methods
 
-<!-- Generated from config/methods by invdpo.objectives.page; change the recipes, not this page. -->
+<!-- Made from config/methods by `invdpo methods`; change the recipes, not this page. -->
 
 Every method is a choice in the same slots. Where each number comes from stands beside it in
 [config/methods](../config/methods).
@@ -18,8 +18,8 @@ NOTATION = r"""
 $x_0$ is an image's latent of $d$ elements, $\bar\alpha_t$ the schedule, $\epsilon_\theta$ the trained network and
 $\epsilon_{\mathrm{ref}}$ the frozen one; $w$ and $l$ mark the preferred and the other image of a pair. $u$ is the
 surrogate of $\log p_\theta(x_0) - \log p_{\mathrm{ref}}(x_0)$ and $\ell$ the loss of a pair, averaged over pairs. A
-superscript $(s)$ is classifier-free guidance of scale $s$. No gradient flows through $x_t$ or $y_t$. On an inverted
-trajectory $t-1$ is the grid's point before $t$, clean where there is none.
+superscript $(s)$ is classifier-free guidance of scale $s$. No gradient flows through $x_t$ or $y_t$, unless $u$ is
+that log-ratio itself. On an inverted trajectory $t-1$ is the grid's point before $t$, clean where there is none.
 
 One timestep, or $K$ of $N$, make $u$ an unbiased estimate $\hat u$ of its value at all of them. A loss $L(s)$ of
 $s = \beta\,(u^w - u^l)$ is then biased, to leading order by
@@ -91,6 +91,10 @@ def _log_ratio(r: Recipe) -> str:
         words.append(f"times {spec.scale:g}")
     if spec.at == "x_prev":
         words.append("at the step's input")
+    if spec.divergence == "exact":
+        words.append("exact log-determinants")
+    if spec.divergence == "hutchinson":
+        words.append(f"log-determinants by Hutchinson (probes {spec.probes}, order {spec.order})")
     return ", ".join(words)
 
 
@@ -120,6 +124,11 @@ def _section(r: Recipe) -> str:
     beside = []
     if r.loss.kind != "winner_only":
         beside.append(rf"$\beta = {r.beta:g}$")
+    if r.log_ratio.divergence == "hutchinson":
+        beside.append(
+            f"each log-determinant and its gradient by {r.log_ratio.probes} random sign vectors a pair and step "
+            f"(Hutchinson's estimator) and Krylov spaces of order {r.log_ratio.order}"
+        )
     if r.reference_dtype != "float32":
         beside.append(f"the reference's weights are {r.reference_dtype}, the policy's float32")
     if r.reference_label_dtype != "float32":
@@ -140,6 +149,7 @@ def _points_formula(r: Recipe) -> str:
         "implied": r"y_t = \frac{x_t - \sqrt{\bar\alpha_t}\,x_0}{\sqrt{1-\bar\alpha_t}}",
         "step": r"y_t = e_t",
         "reference": rf"y_t = {_eps(r, 'ref')}",
+        "none": r"x_t^{\mathrm{ref}} \text{ likewise by } \epsilon_{\mathrm{ref}}",
     }[r.target]
     if spec.kind == "forward":
         shared = r.loss.kind != "winner_only" and r.pair_draws == "shared"
@@ -177,6 +187,13 @@ def _squared(inside: str, reduction: str) -> str:
 
 def _log_ratio_formula(r: Recipe) -> str:
     spec = r.log_ratio
+    if spec.form == "likelihood":
+        factor = ("" if spec.scale == 1 else f"{spec.scale:g}\\,") + (r"\tfrac1d" if spec.reduction == "mean" else "")
+        difference = r"\log p_\theta(x_0) - \log p_{\mathrm{ref}}(x_0)"
+        steps = f"{{{r.trajectory.steps}}}"
+        determinants = rf"\sum_{{t=1}}^{steps}\log\left|\det\frac{{\partial x_t}}{{\partial x_{{t-1}}}}\right|"
+        ratio = rf"{factor}\big({difference}\big)" if factor else difference
+        return rf"u = {ratio},\qquad \log p(x_0) = \log\mathcal N(x_{steps};\,0, I) + {determinants}"
     steps = "T" if r.trajectory.steps is None else str(r.trajectory.steps)
     sums = {
         ("single", "mean"): "",

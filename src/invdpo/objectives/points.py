@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from invdpo.errors import InvdpoError
 from invdpo.inversion import guided, invert, invert_to
+from invdpo.inversion.cache import Inverter
 from invdpo.inversion.guidance import evaluations
 from invdpo.inversion.trajectory import plan
 from invdpo.objectives.recipe import Recipe
@@ -63,12 +65,14 @@ def make_points(
     schedule: NoiseSchedule,
     generators: list[torch.Generator],
     chunk: int | None,
+    inverter: Inverter = invert,
 ) -> Points:
     """The points of x0 (R,C,H,W), R = B or 2B latents of the B pairs that `generators` has one entry for.
 
     A pair's winner and loser share their timesteps and forward noise (Diffusion-DPO train.py:1053-1055) unless
     pair_draws is `independent` (the winner's are then drawn first). All come from the pair's generator alone, first the
-    timesteps and then the noise: results do not depend on micro-batching.
+    timesteps and then the noise: results do not depend on micro-batching. inverter: what inverts whole trajectories of
+    the reference.
     """
     rows = len(x0)
     levels = _levels(recipe, schedule)
@@ -81,10 +85,14 @@ def make_points(
         eps = noise.flatten(0, 1)
         points = Points(schedule.add_noise(clean, eps, t.flatten()), t.flatten(), eps, weight, calls, 0)
     else:
-        inverter = policy if recipe.trajectory.model == "policy" else reference
-        inverted = _one_point if recipe.timesteps == "single" else _points_of_all
+        by_policy = recipe.trajectory.model == "policy"
+        model = policy if by_policy else reference
+        if recipe.timesteps == "single":
+            inverted = _one_point
+        else:
+            inverted = partial(_points_of_all, invert if by_policy else inverter)
         blocks = [
-            inverted(recipe, inverter, x0[block], select(cond, _row(block, rows)), schedule, index[:, block])
+            inverted(recipe, model, x0[block], select(cond, _row(block, rows)), schedule, index[:, block])
             for block in _blocks(rows, _per_call(recipe.trajectory.guidance_scale, chunk))
         ]
         x, told, eps = (
@@ -145,6 +153,7 @@ def _weight(recipe: Recipe, schedule: NoiseSchedule, t: Tensor, n: int) -> Tenso
 
 
 def _points_of_all(
+    inverter: Inverter,
     recipe: Recipe,
     model: EpsModel,
     x0: Tensor,
@@ -155,7 +164,7 @@ def _points_of_all(
     """x, told timestep and step eps at index (K,R) of the full trajectory of x0 (R,C,H,W), and UNet evaluations."""
     spec = recipe.trajectory
     assert spec.steps is not None
-    trajectory = invert(model, x0, cond, schedule, spec.steps, spec.solver, spec.guidance_scale, spec.label)
+    trajectory = inverter(model, x0, cond, schedule, spec.steps, spec.solver, spec.guidance_scale, spec.label)
     if recipe.log_ratio.at == "x_t":
         x, told = trajectory.latents[1:], trajectory.timesteps
     else:

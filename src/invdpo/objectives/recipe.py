@@ -36,7 +36,11 @@ class TrajectorySpec(_Slot):
         "fixed_point: x_t solved for, so that DDIM sampling retraces it; dpm_solver: second-order multistep (label "
         "'previous' only); edict: a coupled pair, exactly invertible (label 'next' only)",
     )
-    model: Literal["reference", "policy"] = Field("reference", description="which network inverts (without gradient)")
+    model: Literal["reference", "policy"] = Field(
+        "reference",
+        description="which network inverts, without gradient (form likelihood: the policy, with gradient, and the "
+        "reference a trajectory of its own)",
+    )
     guidance_scale: float = Field(
         1.0,
         ge=0,
@@ -52,9 +56,10 @@ class TrajectorySpec(_Slot):
 class LogRatioSpec(_Slot):
     """From predictions to the surrogate of log p_theta(x_0) - log p_ref(x_0)."""
 
-    form: Literal["four_term", "two_term", "denoising"] = Field(
+    form: Literal["four_term", "two_term", "denoising", "likelihood"] = Field(
         description="four_term: -(|e-target|^2 - |e_ref-target|^2); two_term: sign |e-e_ref|^2; "
-        "denoising: -|e-target|^2"
+        "denoising: -|e-target|^2; likelihood: log p - log p_ref of the sampler itself, by the change of variables "
+        "along each network's own inversion"
     )
     sign: Literal["+", "-"] | None = Field(
         None, description="two_term only: + as in Eq. 16, - as in a Gaussian log-ratio"
@@ -67,6 +72,12 @@ class LogRatioSpec(_Slot):
         "x_t",
         description="where step t compares the networks: its result x_t, or its own input x_{t-1} and label",
     )
+    divergence: Literal["exact", "hutchinson"] | None = Field(
+        None,
+        description="likelihood only: log-determinants and their gradients by the whole Jacobian, or by random probes",
+    )
+    probes: Count | None = Field(None, description="hutchinson only: random sign vectors a pair and step")
+    order: Count | None = Field(None, description="hutchinson only: Arnoldi steps from each probe")
 
 
 class LossSpec(_Slot):
@@ -99,9 +110,9 @@ class Recipe(_Slot):
     pair_draws: Literal["shared", "independent"] = Field(
         "shared", description="whether a winner and its loser share their timesteps and forward noise"
     )
-    target: Literal["noise", "implied", "step", "reference"] = Field(
+    target: Literal["noise", "implied", "step", "reference", "none"] = Field(
         description="noise: the eps added; implied: the eps between x_0 and x_t; step: the eps that maps x_t back to "
-        "x_{t-1}; reference: the reference's prediction at the same point"
+        "x_{t-1}; reference: the reference's prediction at the same point; none (likelihood): predictions have none"
     )
     log_ratio: LogRatioSpec
     loss: LossSpec = Field(default_factory=lambda: LossSpec.model_validate({}))
@@ -140,7 +151,8 @@ class Recipe(_Slot):
 
 def _conflicts(r: Recipe) -> list[tuple[str, str]]:
     """(field, why it does not go with the other slots), in the order in which a reader would mend them."""
-    return [(field, reason) for broken, field, reason in _point_rules(r) + _loss_rules(r) if broken]
+    rules = _point_rules(r) + _loss_rules(r) + _likelihood_rules(r)
+    return [(field, reason) for broken, field, reason in rules if broken]
 
 
 def _point_rules(r: Recipe) -> list[tuple[bool, str, str]]:
@@ -335,6 +347,96 @@ def _loss_rules(r: Recipe) -> list[tuple[bool, str, str]]:
         (kind != "mapo" and r.loss.link_scale is not None, "loss.link_scale", "only loss.kind 'mapo' has one"),
         (kind == "mapo" and r.loss.margin_scale is None, "loss.margin_scale", "loss.kind 'mapo' needs it"),
         (kind != "mapo" and r.loss.margin_scale is not None, "loss.margin_scale", "only loss.kind 'mapo' has one"),
+    ]
+
+
+def _likelihood_rules(r: Recipe) -> list[tuple[bool, str, str]]:
+    """(broken, field, reason) of the sampler's own log-ratio against every slot that a surrogate has a choice in."""
+    spec = r.log_ratio
+    likelihood, hutchinson = spec.form == "likelihood", spec.divergence == "hutchinson"
+    needs = "log_ratio.form 'likelihood' needs"
+    return [
+        (
+            likelihood and r.trajectory.kind != "inversion",
+            "trajectory.kind",
+            f"{needs} 'inversion': the sampler's density is carried along its own trajectory",
+        ),
+        (
+            likelihood and r.trajectory.solver != "ddim",
+            "trajectory.solver",
+            f"{needs} 'ddim': the Jacobian is that of one explicit step",
+        ),
+        (
+            likelihood and r.trajectory.model != "policy",
+            "trajectory.model",
+            f"{needs} 'policy': its density moves with its own trajectory (and the reference's with the reference's)",
+        ),
+        (
+            likelihood and r.trajectory.guidance_scale != 1,
+            "trajectory.guidance_scale",
+            f"{needs} 1: the trained network's own density, not that of its mixture with another",
+        ),
+        (
+            likelihood and r.timesteps != "all",
+            "timesteps",
+            f"{needs} 'all': a trajectory has no determinant without each of its steps",
+        ),
+        (
+            likelihood and r.target != "none",
+            "target",
+            f"{needs} 'none': it holds no prediction against anything",
+        ),
+        (
+            r.target == "none" and not likelihood,
+            "target",
+            "'none' needs log_ratio.form 'likelihood': every other form compares predictions with a target",
+        ),
+        (
+            likelihood and spec.over_timesteps != "sum",
+            "log_ratio.over_timesteps",
+            f"{needs} 'sum': log-determinants of a trajectory's steps add up",
+        ),
+        (
+            likelihood and spec.weight != "none",
+            "log_ratio.weight",
+            f"{needs} 'none': no step of a change of variables weighs more than another",
+        ),
+        (
+            likelihood and r.reference_dtype != "float32",
+            "reference_dtype",
+            f"{needs} 'float32': the Jacobian of a step in half precision is mostly rounding",
+        ),
+        (
+            likelihood and r.loss.kind != "dpo",
+            "loss.kind",
+            f"{needs} 'dpo': that is the loss which asks for this log-ratio",
+        ),
+        (likelihood and spec.divergence is None, "log_ratio.divergence", f"{needs} 'exact' or 'hutchinson'"),
+        (
+            not likelihood and spec.divergence is not None,
+            "log_ratio.divergence",
+            "only log_ratio.form 'likelihood' has one",
+        ),
+        (
+            hutchinson and spec.probes is None,
+            "log_ratio.probes",
+            "log_ratio.divergence 'hutchinson' needs a number of probes",
+        ),
+        (
+            not hutchinson and spec.probes is not None,
+            "log_ratio.probes",
+            "only log_ratio.divergence 'hutchinson' draws any",
+        ),
+        (
+            hutchinson and spec.order is None,
+            "log_ratio.order",
+            "log_ratio.divergence 'hutchinson' needs a number of Arnoldi steps",
+        ),
+        (
+            not hutchinson and spec.order is not None,
+            "log_ratio.order",
+            "only log_ratio.divergence 'hutchinson' has one",
+        ),
     ]
 
 

@@ -12,13 +12,17 @@ import torch
 from torch import Tensor
 
 from invdpo.errors import InvdpoError
+from invdpo.inversion import invert
+from invdpo.inversion.cache import Inverter
 from invdpo.objectives.loss import (
     Batch,
+    Compared,
     LossOutput,
     full_graph,
     measure,
     output,
     prepare,
+    prepare_likelihood,
     terms,
 )
 from invdpo.objectives.recipe import Recipe
@@ -38,16 +42,24 @@ def backward(
     strength: Tensor | None = None,
     loss_scale: float = 1.0,
     chunk: int | None = 256,
+    inverter: Inverter = invert,
 ) -> LossOutput:
     """Accumulate the gradient of loss_scale times `preference_loss` into `.grad`, equal to it up to float rounding.
 
     chunk: latents in a network call, and with their graph alive, at most (None: no limit); memory is then flat in the
     number of timesteps. Where everything fits, one forward and one backward pass suffice. The output's loss is unscaled
     and everything in it detached. Gradients are final only on return: act on them after it, not in hooks (as
-    distributed training does).
+    distributed training does). inverter: what computes whole trajectories of the reference, for example a
+    `TrajectoryCache` of it.
     Raises InvdpoError as `preference_loss` does, and for a chunk below 1.
     """
-    batch = prepare(recipe, policy, reference, x0_win, x0_lose, cond, schedule, generator, chunk, strength)
+    arguments = (recipe, policy, reference, x0_win, x0_lose, cond, schedule, generator, chunk, strength)
+    if recipe.log_ratio.form == "likelihood":
+        compared, ratios = prepare_likelihood(*arguments)
+        measured = ratios.values[None]
+        evals = ratios.backward(_slopes(compared, measured)[0] * loss_scale)
+        return output(compared, measured, ratios.unet_evals + evals)
+    batch = prepare(*arguments, inverter)
     forwards = 1
     if chunk is None or batch.policy_evals() <= chunk:
         out = full_graph(batch)
@@ -68,7 +80,7 @@ def backward(
     return output(batch, measured, evals)
 
 
-def _slopes(batch: Batch, measured: Tensor) -> Tensor:
+def _slopes(batch: Compared, measured: Tensor) -> Tensor:
     """d loss / d measured, (S,R)."""
     leaf = measured.detach().requires_grad_()
     (slopes,) = torch.autograd.grad(output(batch, leaf, 0).loss, leaf)

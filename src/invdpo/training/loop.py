@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,8 @@ from invdpo.config import ArmConfig, StudyConfig
 from invdpo.device import resolve_dtype
 from invdpo.errors import InvdpoError
 from invdpo.files import remove, write_json
+from invdpo.inversion import invert
+from invdpo.inversion.cache import Inverter, TrajectoryCache, identity
 from invdpo.preferences.cache import PreferenceCache, cache_key, load_cache
 from invdpo.preferences.labels import flips, strengths
 from invdpo.provenance import code_hash, lock_hash, peak_memory, stamp
@@ -38,6 +41,7 @@ log = logging.getLogger("invdpo")
 FP16_LOSS_SCALE = 2.0**16  # where torch's own GradScaler starts
 # The modules that decide a run's weights, and what is said when a stored state was made with others.
 NUMERICS = ("schedule", "inversion", "objectives", "preferences", "backbones", "training", "device", "types")
+TRAJECTORIES = "trajectories"  # the folder of a study's inversions
 CHANGED = {"data_key": "the preference pairs", "code_hash": "the code", "lock_hash": "the locked libraries"}
 FP16_GROWTH_INTERVAL = 2000  # good steps before the scale doubles, as torch's GradScaler
 
@@ -180,7 +184,18 @@ class Run:
             self.publish()
         elif dtype == torch.float16:
             progress.loss_scale = FP16_LOSS_SCALE
-        stepper = Stepper(self, policy, reference, base, optimizer, schedule, cache, dtype, progress)
+        stepper = Stepper(
+            self,
+            policy,
+            reference,
+            base,
+            optimizer,
+            schedule,
+            cache,
+            dtype,
+            progress,
+            self._inverter(reference, dtype, progress),
+        )
         saved = progress.step
 
         def save() -> None:
@@ -215,6 +230,21 @@ class Run:
             "pairs": len(cache),
         }
         state.finish(self.state, self._describe(progress, started, dtype, moved))
+        if (savings := progress.savings).asked:
+            log.info(
+                f"{self.name}: {savings.found} of {savings.asked} inversions were in {self.study.root / TRAJECTORIES}, "
+                f"which saved {savings.unet_evals:,} UNet evaluations and {savings.seconds:.0f} s"
+            )
+
+    def _inverter(self, reference: UNet2DConditionModel, dtype: torch.dtype, progress: state.Progress) -> Inverter:
+        """What inverts by the reference: with the study's trajectories, where it keeps them and the recipe has any."""
+        recipe, limit = self.arm.recipe, self.study.trajectory_cache_gb
+        spec = recipe.trajectory
+        whole = spec.kind == "inversion" and spec.model == "reference" and recipe.timesteps != "single"
+        if limit is None or not whole:
+            return invert
+        model = f"{identity(reference, dtype)} told in {recipe.reference_label_dtype}"
+        return TrajectoryCache(self.study.root / TRAJECTORIES, int(limit * 1e9), model, progress.savings).invert
 
     def _describe(
         self, progress: state.Progress, started: float, dtype: torch.dtype | None, extra: dict[str, Any]
@@ -241,7 +271,8 @@ class Run:
             "beta": self.arm.recipe.beta if self.arm.trains else None,
             "steps": progress.step,
             "pairs_seen": progress.pairs_seen,
-            "seconds": progress.seconds,  # in training steps only, over all resumes
+            "seconds": progress.seconds,  # in training steps only, over all resumes, without the trajectory cache
+            "trajectory_cache": asdict(progress.savings),
             **extra,
         }
 
@@ -260,11 +291,13 @@ class Stepper:
         cache: PreferenceCache,
         dtype: torch.dtype,
         progress: state.Progress,
+        inverter: Inverter = invert,
     ) -> None:
         self.arm, self.seed, self.device = run.arm, run.seed, run.device
         self.name, self.state_folder = run.name, run.state
         self.policy = UNetEps(policy, dtype)
         self.reference = UNetEps(reference, dtype)
+        self.inverter = inverter
         self.parameters: list[Tensor] = list(policy.parameters())
         self.base_parameters: list[Tensor] = [value.detach() for value in base.parameters()]
         self.optimizer, self.schedule, self.cache, self.progress = optimizer, schedule, cache, progress
@@ -282,8 +315,8 @@ class Stepper:
         Raises InvdpoError when the loss or the gradient is not finite; the policy is then as it was before
         the step.
         """
-        began = time.perf_counter()
         progress, training = self.progress, self.arm.training
+        began, saved = time.perf_counter(), progress.savings.seconds
         number = progress.step + 1
         while True:
             outputs = self._accumulate(number)
@@ -309,7 +342,8 @@ class Stepper:
             if progress.good_steps == FP16_GROWTH_INTERVAL:
                 progress.loss_scale, progress.good_steps = progress.loss_scale * 2, 0
         numbers = self._numbers(outputs, loss, norm)
-        progress.seconds += time.perf_counter() - began
+        # As if nothing had been found: a method's time must not depend on which other method ran first.
+        progress.seconds += time.perf_counter() - began + progress.savings.seconds - saved
         row = {
             "step": number,
             **numbers,
@@ -345,6 +379,7 @@ class Stepper:
                     strength=None if self.strength is None else self.strength[pairs],
                     loss_scale=self.progress.loss_scale * size / training.batch,
                     chunk=training.chunk,
+                    inverter=self.inverter,
                 )
             )
         return outputs

@@ -17,6 +17,7 @@ import torch
 
 from invdpo.errors import InvdpoError
 from invdpo.files import mirror, remove, replace_when_done, write_json
+from invdpo.inversion.cache import Savings
 
 if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -24,7 +25,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class Progress:
-    """Counters of a run. `loss_scale` is fp16's; `good_steps` counts steps since it last changed."""
+    """Counters of a run. `loss_scale` is fp16's; `good_steps` counts steps since it last changed.
+
+    `unet_evals` and `seconds` are what the method costs by itself; `savings` is what the trajectory cache took off.
+    """
 
     step: int = 0
     pairs_seen: int = 0
@@ -32,6 +36,7 @@ class Progress:
     seconds: float = 0.0
     loss_scale: float = 1.0
     good_steps: int = 0
+    savings: Savings = field(default_factory=Savings)
     rows: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -63,7 +68,8 @@ def load_state(folder: Path, policy: torch.nn.Module, optimizer: torch.optim.Opt
     except (OSError, RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InvdpoError(f"{path} cannot be resumed from ({reason}). Delete {folder} to train from zero.") from error
-    return Progress(**content["progress"])
+    progress = content["progress"]
+    return Progress(**progress | {"savings": Savings(**progress["savings"])})
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
