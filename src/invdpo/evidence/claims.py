@@ -469,7 +469,7 @@ def _judge_seeds(values: np.ndarray, low: float, high: float, spread: str, test:
         seeds=seeds,
         seeds_agreeing=_agreeing(values, test),
         verdict=decide(low, high, test.threshold, test.direction, seeds),
-        reason="; ".join(part for part in (_one_seed(seeds), spread) if part),
+        reason=_one_seed(seeds) or spread,
     )
 
 

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 YELLOW, BLUE, VERMILION, PURPLE = "#F0E442", "#0072B2", "#D55E00", "#CC79A7"
 GREY = "#777777"
+# Paul Tol's muted scheme, which readers without red-green vision can tell apart too, less what is too near the others.
+OTHERS = ("#332288", "#44AA99", "#882255", "#999933", "#AA4499", "#DDCC77", "#CC6677", "#117733")
 COLOURS = {
     "no_training": GREY,
     "diffusion_dpo": BLACK,
@@ -64,7 +66,7 @@ def colour_of(method: str, methods: list[str]) -> str:
     if name in COLOURS:
         return COLOURS[name]
     others = [other for other in dict.fromkeys(Path(path).stem for path in methods) if other not in COLOURS]
-    return (ORANGE, SKY, GREEN, YELLOW, PURPLE)[others.index(name) % 5]
+    return OTHERS[others.index(name) % len(OTHERS)]
 
 
 def new_figure(
