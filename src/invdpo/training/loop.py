@@ -40,7 +40,17 @@ log = logging.getLogger("invdpo")
 
 FP16_LOSS_SCALE = 2.0**16  # where torch's own GradScaler starts
 # The modules that decide a run's weights, and what is said when a stored state was made with others.
-NUMERICS = ("schedule", "inversion", "objectives", "preferences", "backbones", "training", "device", "types")
+NUMERICS = (
+    "schedule",
+    "inversion",
+    "likelihood",
+    "objectives",
+    "preferences",
+    "backbones",
+    "training",
+    "device",
+    "types",
+)
 TRAJECTORIES = "trajectories"  # the folder of a study's inversions
 CHANGED = {"data_key": "the preference pairs", "code_hash": "the code", "lock_hash": "the locked libraries"}
 FP16_GROWTH_INTERVAL = 2000  # good steps before the scale doubles, as torch's GradScaler
