@@ -60,10 +60,14 @@ def replace_when_done(path: Path) -> Iterator[Path]:
 
 
 def is_full_disk(error: BaseException) -> bool:
-    """Whether an exception says that a write found no room."""
+    """Whether an exception, or one that it was raised in the handling of, says that a write found no room."""
     if isinstance(error, OSError) and error.errno in FULL_DISK:
         return True
-    return any(words in str(error) for words in FULL_DISK_WORDS)
+    if any(words in str(error) for words in FULL_DISK_WORDS):
+        return True
+    # torch's archive writer may stumble over its own half-written file while it handles the system's error.
+    earlier = error.__cause__ or error.__context__
+    return earlier is not None and is_full_disk(earlier)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -212,7 +212,10 @@ BUGS = {
         checks.descent_makes_the_winner_likelier, "measure", (loss, streaming), lambda f: lambda *a: exchanged(f(*a))
     ),
     "target one step off: the eps of the step before": Bug(
-        checks.log_ratios_are_the_formulas, "invert", (points,), earlier_eps
+        checks.log_ratios_are_the_formulas,
+        "_points_of_all",
+        (points,),
+        lambda f: lambda inverter, *a: f(earlier_eps(inverter), *a),
     ),
     "target one step off: that of the point before": change_points(
         checks.inverted_gradient_is_the_formula,
