@@ -214,12 +214,14 @@ def test_publish_copies_and_rewrites_the_readme() -> None:
     for name in ("fig3.pdf", "fig3.png"):
         (study.root / "figures").mkdir(exist_ok=True)
         (study.root / "figures" / name).write_text("a drawing")
+    (study.root / "experiments" / "precision").mkdir(parents=True)
+    (study.root / "experiments" / "precision" / "latents.csv").write_text("pair\n")
     written = publish.publish(study)
     again = publish.publish(study)
     assert written == again
     names = {str(path.relative_to("results/reference/toy")) for path in written}
     assert {"tables/table1.csv", "figures/fig3.pdf", "claims.json", "costs.json", "provenance.json"} <= names
-    assert "scores/diffusion_dpo/seed2.parquet" in names
+    assert {"scores/diffusion_dpo/seed2.parquet", "experiments/precision/latents.csv"} <= names
     assert load_scores(Path("results/reference/toy"), "sft") is not None
     text = readme.read_text()
     assert text.startswith("# Title\n") and text.endswith("\nrest\n") and "old" not in text

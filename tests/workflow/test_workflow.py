@@ -53,7 +53,7 @@ def jobs(output: str) -> dict[str, int]:
 def copy_tree(folder: Path) -> Path:
     """A working copy of the repository without results: code and configuration copied, assets linked."""
     folder.mkdir()
-    for name in ("Snakefile", "rules", "profiles", "config", "src", "uv.lock"):
+    for name in ("Snakefile", "rules", "profiles", "config", "src", "benchmarks", "uv.lock"):
         source = ROOT / name
         shutil.copytree(source, folder / name) if source.is_dir() else shutil.copy2(source, folder / name)
     (folder / "assets").symlink_to(ROOT / "assets")

@@ -69,8 +69,8 @@ def _shown(study: StudyConfig, folder: Path) -> list[Path]:
 
 
 def publish(study: StudyConfig, repository: Path = Path(".")) -> list[Path]:
-    """Copy tables, figures, claims, costs and scores to results/reference/<study>/ and its figures and tables to
-    paper_figures/. Returns the files written below the reference folder.
+    """Copy tables, figures, claims, costs, scores and the experiments' csv files to results/reference/<study>/, and
+    figures and tables to paper_figures/. Returns the files written below the reference folder.
 
     The study that judges the claims is the one that readers meet first: its figures and tables lie in paper_figures/
     itself, and its verdicts go into README.md. Any other study has paper_figures/<study>/. Tables and figures of
@@ -100,6 +100,10 @@ def publish(study: StudyConfig, repository: Path = Path(".")) -> list[Path]:
         for name in (*verdicts, "costs.json"):
             if (root / name).exists():
                 shutil.copy(root / name, folder / name)
+        for path in sorted(root.glob("experiments/*/*.csv")):
+            copy = folder / path.relative_to(root)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, copy)
         scores = _pack_scores(root / "scores", folder / "scores")
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         runs: dict[str, dict[str, object]] = {}
