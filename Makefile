@@ -3,13 +3,15 @@
 # make test | lint | bench                tests, checks, speed and memory
 # make mlflow | report [STUDY=…]          open the runs in MLflow, write a browsable report
 # make tune [STUDY=shapes]                the same small grid of learning rate and beta for every method
+# make user-study [STUDY=…]               serve the blind study of the images; prints a link to take part with
+# make user-study-analysis [STUDY=…]      export the votes and turn them into Table S4
 
 STUDY ?= shapes
 UV := $(or $(shell command -v uv),.uv/bin/uv)
 RUN := $(UV) run --frozen --no-dev
 DEV := $(UV) run --frozen
 
-.PHONY: reproduce test lint bench mlflow report tune
+.PHONY: reproduce test lint bench mlflow report tune user-study user-study-analysis
 
 reproduce: $(UV)
 	INVDPO_PLACES=later $(RUN) snakemake $(ARGS) --configfile config/$(STUDY).yaml
@@ -17,7 +19,7 @@ reproduce: $(UV)
 
 test: $(UV)
 	OMP_NUM_THREADS=1 $(DEV) pytest -n 2 tests/unit tests/invariant
-	$(DEV) pytest tests/workflow
+	$(DEV) pytest tests/workflow tests/browser
 
 lint: $(UV)
 	$(DEV) ruff check
@@ -38,6 +40,14 @@ report: $(UV)
 
 tune: $(UV)
 	$(RUN) snakemake tune $(ARGS) --configfile config/$(STUDY).yaml
+
+user-study: $(UV)
+	$(RUN) invdpo study serve --study config/$(STUDY).yaml $(ARGS)
+
+user-study-analysis: $(UV)
+	$(RUN) invdpo study export --study config/$(STUDY).yaml
+	$(RUN) snakemake user_study_analysis $(ARGS) --configfile config/$(STUDY).yaml
+	@cat results/$(STUDY)/tables/table_s4.md
 
 .uv/bin/uv:
 	(python3 -m venv .uv && .uv/bin/pip install --quiet uv) || python3 envs/get_uv.py .uv/bin

@@ -51,6 +51,7 @@ include: "rules/evidence.smk"
 include: "rules/experiments.smk"
 include: "rules/tune.smk"
 include: "rules/assets.smk"
+include: "rules/user_study.smk"
 
 
 rule all:
@@ -62,6 +63,8 @@ rule all:
         rules.claims.output if study.claims else [],
         rules.mlflow.output,
         rules.present.output if STUDIED else [],
+        rules.user_study_bundle.output if study.user_study else [],
+        rules.user_study_analysis.output if study.user_study and VOTED else [],
 
 
 onstart:

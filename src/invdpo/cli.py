@@ -325,5 +325,23 @@ def world(context: typer.Context) -> None:
     world_app(args=context.args, prog_name="invdpo world")
 
 
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    add_help_option=False,
+)
+def study(context: typer.Context) -> None:
+    """Plan, freeze, serve and analyse the blind study with people (`invdpo study --help`)."""
+    # The app is no part of the installed package: it lies in the repository, where every command runs.
+    sys.path.append(os.getcwd())
+    try:
+        from user_study_app.cli import app as study_app
+    except ModuleNotFoundError as error:
+        if error.name != "user_study_app":
+            raise
+        raise InvdpoError("There is no user_study_app/ here. Run `invdpo study` in the repository's root.") from error
+    _log_to(None)
+    study_app(args=context.args, prog_name="invdpo study")
+
+
 if __name__ == "__main__":
     main()

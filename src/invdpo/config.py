@@ -363,6 +363,9 @@ class StudyConfig(Strict):
     arms: dict[Name, ArmEntry] = Field(min_length=1)
     experiments: ExperimentsConfig = ExperimentsConfig.model_validate({})
     claims: str | None = Field(None, description="the YAML of the claims to judge")
+    user_study: dict[str, Any] | None = Field(
+        None, description="a blind study with people; its keys are those of user_study_app/settings.py"
+    )
 
     @property
     def root(self) -> Path:
@@ -381,7 +384,7 @@ class StudyConfig(Strict):
         Raises InvdpoError for a name that the study has not.
         """
         if name not in self.arms:
-            raise InvdpoError(f"Study `{self.study}` has no arm `{name}`.{_nearest(name, self.arms)}")
+            raise InvdpoError(f"Study `{self.study}` has no arm `{name}`.{nearest(name, self.arms)}")
         entry = self.arms[name]
         for key in PREPARED & entry.training.keys():
             raise InvdpoError(
@@ -396,7 +399,7 @@ class StudyConfig(Strict):
             training = TrainingConfig.model_validate(values)
         except ValidationError as error:
             where = f"arm `{name}` of study `{self.study}`"
-            raise InvdpoError(_explain(error, TrainingConfig, where, f"arms.{name}.training.")) from error
+            raise InvdpoError(explain(error, TrainingConfig, where, f"arms.{name}.training.")) from error
         return ArmConfig(
             name=name,
             method=entry.method,
@@ -492,7 +495,7 @@ def method_path(method: str) -> Path:
         if candidate.is_file():
             return candidate
     known = {path.stem for candidate in candidates for path in candidate.parent.glob("*.yaml")} | {NO_TRAINING}
-    raise InvdpoError(f"There is no method `{method}` (looked for {candidates[0]}).{_nearest(method, known)}")
+    raise InvdpoError(f"There is no method `{method}` (looked for {candidates[0]}).{nearest(method, known)}")
 
 
 def load_study(path: str | Path) -> StudyConfig:
@@ -508,11 +511,11 @@ def parse_study(data: Any, where: str) -> StudyConfig:
     try:
         study = StudyConfig.model_validate(data)
     except ValidationError as error:
-        raise InvdpoError(_explain(error, StudyConfig, where, "")) from error
+        raise InvdpoError(explain(error, StudyConfig, where, "")) from error
     for place, arm in study.experiments.named_arms().items():
         if arm not in study.arms:
             raise InvdpoError(
-                f"{where}: `{place}` names the arm `{arm}`, which is not in `arms`.{_nearest(arm, study.arms)}"
+                f"{where}: `{place}` names the arm `{arm}`, which is not in `arms`.{nearest(arm, study.arms)}"
             )
     if study.tuning is not None:
         _check_tuning(study, study.tuning, where)
@@ -531,11 +534,11 @@ def _check_tuning(study: StudyConfig, tuning: TuningConfig, where: str) -> None:
     """Tuning on what is reported would make every interval a lie."""
     for arm in tuning.arms:
         if arm not in study.arms:
-            raise InvdpoError(f"{where}: `tuning.arms` names `{arm}`, not in `arms`.{_nearest(arm, study.arms)}")
+            raise InvdpoError(f"{where}: `tuning.arms` names `{arm}`, not in `arms`.{nearest(arm, study.arms)}")
         if not study.arm(arm).trains:
             raise InvdpoError(f"{where}: `tuning.arms` names `{arm}`, which does not train. Leave it out.")
     for arm in tuning.beta.keys() - {DEFAULT, *tuning.arms}:
-        raise InvdpoError(f"{where}: `tuning.beta` names `{arm}`, not in `tuning.arms`.{_nearest(arm, tuning.arms)}")
+        raise InvdpoError(f"{where}: `tuning.beta` names `{arm}`, not in `tuning.arms`.{nearest(arm, tuning.arms)}")
     if DEFAULT not in tuning.beta:
         raise InvdpoError(f"{where}: `tuning.beta` has no key `{DEFAULT}`, the grid of all arms not named. Add it.")
     for arm, betas in tuning.beta.items():
@@ -601,18 +604,20 @@ def _lies_in(path: str, source: str) -> bool:
     return Path(path) == Path(source) or Path(source) in Path(path).parents
 
 
-def _nearest(word: str, known: Any) -> str:
+def nearest(word: str, known: Any) -> str:
+    """Closing words of an error about an unknown name: the known one most like it, or all of them."""
     matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f" Did you mean `{matches[0]}`?" if matches else f" Valid: {', '.join(sorted(known))}."
 
 
-def _explain(error: ValidationError, model: type[BaseModel], where: str, prefix: str) -> str:
+def explain(error: ValidationError, model: type[BaseModel], where: str, prefix: str) -> str:
+    """What is wrong at which place of `where`, a line each; `prefix` is the place of `model` in the YAML."""
     lines = [f"{where} is not a valid study:"]
     for item in error.errors():
         place = prefix + _dotted(item["loc"])
         if item["type"] == "extra_forbidden":
             known = _fields_at(model, item["loc"][:-1])
-            lines.append(f"  unknown key `{place}`.{_nearest(str(item['loc'][-1]), known)}")
+            lines.append(f"  unknown key `{place}`.{nearest(str(item['loc'][-1]), known)}")
         elif item["type"] == "missing":
             lines.append(f"  `{place}` is missing.")
         else:
