@@ -53,7 +53,7 @@ def jobs(output: str) -> dict[str, int]:
 def copy_tree(folder: Path) -> Path:
     """A working copy of the repository without results: code and configuration copied, assets linked."""
     folder.mkdir()
-    for name in ("Snakefile", "rules", "profiles", "config", "src", "benchmarks", "uv.lock"):
+    for name in ("Snakefile", "rules", "profiles", "config", "src", "user_study_app", "benchmarks", "uv.lock"):
         source = ROOT / name
         shutil.copytree(source, folder / name) if source.is_dir() else shutil.copy2(source, folder / name)
     (folder / "assets").symlink_to(ROOT / "assets")
@@ -210,6 +210,7 @@ def test_smoke_runs_and_says_where_the_results_are(copies: tuple[Path, Path]) ->
     output = (folder / "output.txt").read_text()
     files = ["tables/table1.csv", "figures/fig3.pdf", "claims.json", "mlflow.db"]
     files += [f"tables/{name}.md" for name in ("inversion_error", "precision", "audit")]
+    files += ["user_study/key.json", "user_study/bundle/manifest.json"]
     files += [f"figures/{name}.png" for name in ("inversion_error", "inversion_pictures", "precision", "audit")]
     for name in files:
         assert (folder / "results" / "smoke" / name).stat().st_size > 0
@@ -247,6 +248,22 @@ def test_one_target_is_made_alone(copies: tuple[Path, Path]) -> None:
     assert table.read_bytes() == before
 
 
+def test_votes_are_analysed_where_there_are_any(copies: tuple[Path, Path]) -> None:
+    folder, study = copies[0], ("--study", "config/smoke.yaml")
+    votes = folder / "results" / "smoke" / "user_study" / "votes.csv"
+    app = [sys.executable, "-m", "invdpo.cli", "study"]
+    rates = ("--win-rate", "0.8", "--win-rate", "0.5")
+    subprocess.run(
+        [*app, "simulate", *study, *rates, "--out", str(votes)], cwd=folder, env=environment(folder), check=True
+    )
+    output = snakemake(folder, "--configfile", "config/smoke.yaml")
+    assert jobs(output) == {"user_study_analysis": 1, "all": 1}
+    assert "66.53 %" in (folder / "results" / "smoke" / "tables" / "table_s4.md").read_text()
+    votes.write_text(votes.read_text().splitlines()[0] + "\n")
+    assert "Nothing to be done" in snakemake(folder, "--configfile", "config/smoke.yaml"), "an export without a vote"
+    votes.unlink()
+
+
 def test_edits_rerun_what_they_touch_and_no_more(copies: tuple[Path, Path]) -> None:
     folder = copies[1]
     dry = ("--configfile", "config/smoke.yaml", "--dry-run")
@@ -266,6 +283,8 @@ def test_edits_rerun_what_they_touch_and_no_more(copies: tuple[Path, Path]) -> N
 
     config.write_text(text.replace("probes: 2", "probes: 3"))
     assert jobs(snakemake(folder, *dry)) == {"precision": 1, "claims": 1, "present": 1, "all": 1}
+    config.write_text(text.replace("min_view_ms: 300", "min_view_ms: 301"))
+    assert jobs(snakemake(folder, *dry)) == {"user_study_bundle": 1, "all": 1}
 
     one_arm = "\n  diffusion_dpo: {method: diffusion_dpo, training: {learning_rate: 1.23e-5}}\n"
     config.write_text(text.replace("\n  diffusion_dpo: {method: diffusion_dpo}\n", one_arm))
