@@ -232,11 +232,13 @@ class AuditConfig(Strict):
     images: Annotated[int, Field(gt=0, multiple_of=2)] = Field(
         description="images of the study's prompts that the reward's gradient is the mean of: two halves, also compared"
     )
-    precisions: list[Literal["fp32", "bf16", "fp16"]] = ["fp32"]
+    precisions: list[Literal["fp32", "bf16", "fp16"]] = Field(
+        ["fp32"], min_length=1, description="of the networks' passes, with weights as they are"
+    )
     roundings: list[Literal["none", "float16", "bfloat16", "gaussian"]] = Field(
         ["none"],
         min_length=1,
-        description="noise of the base's weights: none, or of rounding size; policies are as they are",
+        description="noise of the base's weights, in fp32: none, or of rounding size; policies are as they are",
     )
 
 

@@ -16,6 +16,8 @@ import pytest
 import torch
 from conftest import tiny_pairs_frame
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from invdpo.backbones.sd15 import UNetEps, load_schedule, load_unet
 from invdpo.config import StudyConfig, parse_study
@@ -26,6 +28,9 @@ from invdpo.experiments.precision import true_log_prob
 from invdpo.experiments.stage import Counter, held_out, precision_settings, run, unseen_pairs
 from invdpo.inversion.trajectory import SOLVERS
 from invdpo.likelihood import log_prob_estimate
+from invdpo.preferences.cache import pick_scores
+from invdpo.preferences.labels import strengths
+from invdpo.preferences.reader import Counts, read_pairs
 from invdpo.training.data import pair_order
 
 CPU = torch.device("cpu")
@@ -155,6 +160,47 @@ def test_both_sources_encode_alike(prepared: MakeStudy, tiny_pairs: Path) -> Non
         torch.testing.assert_close(found.pairs.cond.embeds[other], cached.pairs.cond.embeds[place])
     totals = [part.pairs.win.mean() + part.pairs.lose.mean() for part in (found, cached)]
     torch.testing.assert_close(*totals, atol=0.05, rtol=0)
+
+
+def test_both_sources_have_the_strengths_of_training(prepared: MakeStudy, tiny_pairs: Path) -> None:
+    """Held-out pairs are scored in the span of the training pairs' scores, whichever file they come from."""
+
+    class Brightest:
+        version = "pickscore:0:none"
+
+        def score(self, images: list[Image.Image], prompts: list[str]) -> dict[str, np.ndarray]:
+            light = [np.asarray(image).mean() + len(prompt) for image, prompt in zip(images, prompts, strict=True)]
+            return {"pickscore": np.array(light, dtype=np.float32)}
+
+    scorer: Any = Brightest()
+    study = prepared(held_out="copy.parquet")
+    shutil.copy(tiny_pairs, "copy.parquet")
+    folder = study.root / "preferences"
+    with pytest.raises(InvdpoError, match="holds no PickScores"):
+        held_out(study, [], 1, CPU, scorer)
+    scores = pick_scores(scorer, list(read_pairs([tiny_pairs], Counts())))
+    with safe_open(folder / "cache.safetensors", framework="pt") as stored:
+        tensors = {name: stored.get_tensor(name) for name in stored.keys()}
+        metadata = stored.metadata() | {"scored_key": "scored"}
+    save_file(tensors | {"scores": scores}, folder / "cache.safetensors", metadata=metadata)
+    expected = strengths(scores)
+    assert expected.abs().max() > 0.1 and len(set(expected.tolist())) > 3
+
+    cached = held_out(prepared_again(study), [], 4, CPU, scorer)
+    torch.testing.assert_close(cached.strength, expected[cached.ids])
+    own = pd.read_parquet(folder / "pairs.parquet")
+    own.assign(winner_sha256="", loser_sha256="").to_parquet(folder / "pairs.parquet")
+    found = held_out(study, [], 4, CPU, scorer)
+    places = {int(row): place for place, row in enumerate(own["row"])}
+    torch.testing.assert_close(found.strength, expected[[places[row] for row in found.ids]])
+    assert held_out(study, [], 4, CPU).strength is None
+
+
+def prepared_again(study: StudyConfig) -> StudyConfig:
+    """The study with its own pairs for held-out ones."""
+    content = study.model_dump()
+    content["experiments"]["held_out"] = None
+    return parse_study(content, "tiny")
 
 
 def test_every_network_evaluation_is_counted(tiny_base: Path) -> None:

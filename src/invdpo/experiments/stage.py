@@ -30,7 +30,8 @@ from invdpo.experiments.inversion_error import inversion_errors, side_by_side
 from invdpo.experiments.precision import Pairs, agreement, log_ratios, true_log_prob
 from invdpo.files import replace_when_done, write_json
 from invdpo.objectives import Recipe, load_recipe
-from invdpo.preferences.cache import ENCODED_AT_ONCE, PreferenceCache, load_cache, square
+from invdpo.preferences.cache import ENCODED_AT_ONCE, PreferenceCache, load_cache, pick_scores, square
+from invdpo.preferences.labels import strengths
 from invdpo.preferences.reader import Counts, Pair, check_columns, find_files, read_pairs
 from invdpo.prompts import read_prompts
 from invdpo.provenance import stamp
@@ -41,6 +42,7 @@ from invdpo.types import Conditioning, select
 
 if TYPE_CHECKING:
     from invdpo.config import AuditConfig, InversionErrorConfig, PrecisionConfig, StudyConfig
+    from invdpo.scorers.pickscore import PickScore
 
 SHOWN_LEVELS = 6  # of a trajectory, x_0 and x_T included
 LATENTS_A_CALL = 256  # of a network, where the study sets no chunk
@@ -51,11 +53,14 @@ Files = dict[str, pd.DataFrame]
 
 @dataclass(frozen=True)
 class HeldOut:
-    """P pairs that no run was trained on. captions (P,): their prompts. ids (P,): their places among the source's."""
+    """P pairs that no run was trained on. captions (P,): their prompts. ids (P,): their places among the source's.
+    strength (P,): where they were scored, of their preferences, in the span of the training pairs' scores.
+    """
 
     pairs: Pairs
     captions: list[str]
     ids: list[int]
+    strength: Tensor | None
 
 
 class Counter:
@@ -126,19 +131,25 @@ def unseen_pairs(study: StudyConfig, arms: Sequence[str], pairs: int) -> list[in
     return sorted(set(range(pairs)) - seen)
 
 
-def held_out(study: StudyConfig, arms: Sequence[str], count: int, device: torch.device) -> HeldOut:
+def held_out(
+    study: StudyConfig, arms: Sequence[str], count: int, device: torch.device, scorer: PickScore | None = None
+) -> HeldOut:
     """`count` pairs of `experiments.held_out`, or else of the study's own, that no seed of those arms is trained on.
 
     Which ones depends on the source alone, so a larger count keeps the pairs of a smaller one. Latents are drawn from
-    the VAE's posterior as in training. Raises InvdpoError where fewer are left.
+    the VAE's posterior as in training. `scorer`: the study's, where the pairs' strengths are needed; its scores of the
+    training pairs are in the cache. Raises InvdpoError where fewer are left.
     """
     source, folder = study.experiments.held_out, study.root / "preferences"
+    trained = None if scorer is None else load_cache(folder, torch.device("cpu"), scored=True).scores
+    scores = None
     if source is None:
         cache = load_cache(folder, device)
         ids = rows = nsmallest(count, unseen_pairs(study, arms, len(cache)), key=_rank)
         texts = pd.read_parquet(folder / "pairs.parquet", columns=["caption"])["caption"]
         captions = [str(texts[row]) for row in rows]
         _check_count(study, arms, len(ids), count)
+        scores = None if trained is None else trained[rows]
     else:
         known = pd.read_parquet(folder / "pairs.parquet", columns=["winner_sha256", "loser_sha256"])
         files = find_files(source)
@@ -148,9 +159,11 @@ def held_out(study: StudyConfig, arms: Sequence[str], count: int, device: torch.
         _check_count(study, arms, len(pairs), count)
         ids, captions, rows = [pair.row for pair in pairs], [pair.caption for pair in pairs], list(range(count))
         cache = _encoded(study, pairs, device)
+        scores = None if scorer is None else pick_scores(scorer, pairs)
     # No step of training has the number 0.
     batch = draw(cache, torch.zeros(len(cache), dtype=torch.bool), rows, 0, 0, 0, caption_dropout=0.0)
-    return HeldOut(Pairs(batch.x0_win, batch.x0_lose, batch.cond), captions, ids)
+    strength = None if scores is None else strengths(scores, trained).to(device)
+    return HeldOut(Pairs(batch.x0_win, batch.x0_lose, batch.cond), captions, ids, strength)
 
 
 def _check_count(study: StudyConfig, arms: Sequence[str], found: int, count: int) -> None:
@@ -286,15 +299,18 @@ def _audit(
     """The recipes' gradients at the base and at checkpoints, beside the gradient of PickScore through the sampler."""
     from invdpo.scorers.pickscore import PickScore
 
-    held = held_out(study, settings.policies, settings.pairs * settings.batches, device)
-    schedule, seed, scorer = sd15.load_schedule(study.base), study.seeds[0], study.scorers.pickscore
-    assert scorer is not None  # the study is valid
-    reward = pickscore(PickScore(scorer.model, device, processor=scorer.processor))
+    schedule, seed, config = sd15.load_schedule(study.base), study.seeds[0], study.scorers.pickscore
+    assert config is not None  # the study is valid
+    scorer = PickScore(config.model, device, processor=config.processor)
+    reward = pickscore(scorer)
+    recipes = [study.arm(arm).recipe.with_overrides({"name": arm}) for arm in settings.arms]
+    weighted = any(recipe.loss.weight_by_strength for recipe in recipes)
+    count = settings.pairs * settings.batches
+    held = held_out(study, settings.policies, count, device, scorer if weighted else None)
     policies = {"initial": sd15.load_unet(study.base, device)}
     for arm in settings.policies:
         for checkpoint in checkpoints_of(study, study.arm(arm), seed):
             policies[f"{arm}/step{checkpoint.step}"] = sd15.load_unet(checkpoint.folder, device)
-    recipes = [study.arm(arm).recipe.with_overrides({"name": arm}) for arm in settings.arms]
     halves = _drawing(study, settings.images, device).parts(settings.images // 2)
     rewards, reliability = {}, []
     for name, policy in tqdm(policies.items(), unit="policy", desc="audit: reward"):
@@ -303,7 +319,7 @@ def _audit(
         norm, agreement = float(rewards[name].norm()), cosine(first, second)
         reliability.append({"policy": name, "images": settings.images, "norm": norm, "cosine_of_halves": agreement})
 
-    def at(name: str, noises: Sequence[Noise]) -> pd.DataFrame:
+    def at(name: str, precisions: Sequence[str], noises: Sequence[Noise]) -> pd.DataFrame:
         return audit(
             recipes,
             {name: policies[name]},
@@ -312,14 +328,19 @@ def _audit(
             settings.pairs,
             schedule,
             rewards,
-            settings.precisions,
+            precisions,
             noises,
+            held.strength,
             chunk=study.training.chunk,
             wrap=counter.eps_model,
         )
 
-    # A rounding is nothing beside the distance that training has gone.
-    frames = [at(name, settings.roundings if name == "initial" else ["none"]) for name in policies]
+    # A rounding is nothing beside the distance that training has gone. Other precisions and noise of the weights are
+    # two questions, not one with all their combinations.
+    frames = [at(name, settings.precisions, ["none"]) for name in policies]
+    noises: list[Noise] = [noise for noise in settings.roundings if noise != "none"]
+    if noises:
+        frames.insert(1, at("initial", ["fp32"], noises))
     rows = pd.concat(frames, ignore_index=True)
     files = {"gradients.csv": rows, "summary.csv": summary(rows), "rewards.csv": pd.DataFrame(reliability)}
     return files, {"held_out": held.ids, "policies": [study.arm(arm).hash for arm in settings.policies]}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,8 +127,7 @@ def prepare(study: StudyConfig, device: torch.device) -> dict[str, Any]:
         mean, std = sd15.encode_images(vae, squares.to(device))
         latents.append((mean.cpu(), std.cpu()))
         if scorer is not None:
-            captions = [pair.caption for pair in waiting for _ in range(2)]
-            scores.append(torch.from_numpy(scorer.score(images, captions)["pickscore"]))
+            scores.append(pick_scores(scorer, waiting))
         waiting.clear()
 
     with tqdm(total=rows, desc="prepare: pairs", unit="pair", mininterval=0.5) as bar:
@@ -157,7 +156,7 @@ def prepare(study: StudyConfig, device: torch.device) -> dict[str, Any]:
         "caption_index": torch.tensor([index[record["caption"]] for record in records]),
     }
     if scorer is not None:
-        tensors["scores"] = torch.cat(scores).view(-1, 2)
+        tensors["scores"] = torch.cat(scores)
         _check_span(tensors["scores"], study)
     with replace_when_done(folder / "cache.safetensors") as temporary:
         save_file(tensors, temporary, metadata=keys)
@@ -179,6 +178,13 @@ def prepare(study: StudyConfig, device: torch.device) -> dict[str, Any]:
         report["pickscore_range"] = [float(tensors["scores"].min()), float(tensors["scores"].max())]
     write_json(folder / "report.json", report)
     return report
+
+
+def pick_scores(scorer: PickScore, pairs: Sequence[Pair]) -> Tensor:
+    """PickScores of both images of n pairs as they come, winner first: (n,2) float32."""
+    images = [image for pair in pairs for image in (pair.winner_image, pair.loser_image)]
+    captions = [pair.caption for pair in pairs for _ in range(2)]
+    return torch.from_numpy(scorer.score(images, captions)["pickscore"]).view(-1, 2)
 
 
 def _digest(content: dict[str, Any]) -> str:

@@ -29,13 +29,15 @@ def flips(labels: Literal["true", "shuffled", "swapped"], pairs: int, seed: int)
     return torch.rand(pairs, generator=generator) < 0.5
 
 
-def strengths(scores: Tensor) -> Tensor:
+def strengths(scores: Tensor, among: Tensor | None = None) -> Tensor:
     """(n,) preference strengths 2p - 1 of n pairs, from the PickScores (raw cosines) of their images (n,2), the votes'
     winner first; negative where the scorer likes the other image more, which is SmPO's relabelling.
 
     p is the softmax of a pair's two scores after min-max scaling (SmPO's train.py:739-747), so 2p - 1 is
-    tanh((score_win - score_lose) / (2 span)), within +-0.46. The span is that of all the scores given: 0.2820 - 0.1154
-    in the released code is this quantity for PickScore on Pick-a-Pic, and another scorer or other images have another.
+    tanh((score_win - score_lose) / (2 span)), within +-0.46. The span is that of the scores `among` which the pairs
+    are seen (m,2), a training set's, or else of those given: 0.2820 - 0.1154 in the released code is this quantity for
+    PickScore on Pick-a-Pic, and another scorer or other images have another.
     """
-    span = scores.max() - scores.min()
+    among = scores if among is None else among
+    span = among.max() - among.min()
     return torch.tanh((scores[:, 0] - scores[:, 1]) / (2 * span))
