@@ -180,6 +180,18 @@ def test_the_page_of_methods_is_written(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert Path("docs/methods.md").is_file()
 
 
+def test_the_user_study_is_planned_from_the_root_alone(tmp_path: Path) -> None:
+    def plan(folder: Path) -> subprocess.CompletedProcess[str]:
+        # Python's own folder of imports would find the app wherever the tests run.
+        command = [sys.executable, "-P", "-m", "invdpo.cli", "study", "power", "--win-rate", "0.6"]
+        return subprocess.run(command, check=False, capture_output=True, text=True, cwd=folder)
+
+    done = plan(Path(__file__).resolve().parents[2])
+    assert done.returncode == 0 and "194 decisive votes" in done.stdout
+    lost = plan(tmp_path)
+    assert lost.returncode == 1 and "Run `invdpo study` in the repository's root" in lost.stderr
+
+
 def test_help_is_quick_and_needs_neither_torch_nor_diffusers() -> None:
     program = (
         "import sys, invdpo.cli as cli\n"
@@ -202,6 +214,7 @@ def test_help_is_quick_and_needs_neither_torch_nor_diffusers() -> None:
         "results",
         "check",
         "world",
+        "study",
     )
     assert all(stage in done.stdout for stage in stages)
 
