@@ -52,6 +52,8 @@ SUFFIXES = {
     "swapped": "labels swapped",
     "published": "published",
     "rounded": "fp16 start",
+    "weak": "a tenth of the learning rate",
+    "strong": "three times the learning rate",
 }
 
 
