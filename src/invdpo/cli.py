@@ -62,11 +62,15 @@ def _start(study: Path, threads: int | None = None, log_file: Path | None = None
     once.
     """
     _log_to(log_file)
-    count = str(threads or len(os.sched_getaffinity(0)))
-    os.environ.update(OMP_NUM_THREADS=count, MKL_NUM_THREADS=count)
+    _use_threads(threads)
     from invdpo.config import load_study
 
     return load_study(study)
+
+
+def _use_threads(threads: int | None) -> None:
+    count = str(threads or len(os.sched_getaffinity(0)))
+    os.environ.update(OMP_NUM_THREADS=count, MKL_NUM_THREADS=count)
 
 
 def _log_to(log_file: Path | None) -> None:
@@ -162,6 +166,65 @@ def evaluate(
     from invdpo.evaluate import evaluate as run
 
     run(config, arm, seeds, device)
+
+
+@app.command()
+def score(
+    images: Annotated[Path, typer.Argument(help="Folder of png, jpg and webp files, or an images parquet of a study.")],
+    out: Annotated[Path, typer.Option(help="The rows: a file that ends in .parquet, .csv or .jsonl.")],
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="csv, tsv or jsonl with the columns `file` (or `id`: the file without its ending) and `prompt`; or "
+            "txt with a line an image in the order of their names (2.png before 10.png). Default: a .txt beside each "
+            "image."
+        ),
+    ] = None,
+    scorers: Annotated[Path | None, typer.Option(help="YAML with what a study has under `scorers:`.")] = None,
+    study: Annotated[Path | None, typer.Option(help="Instead of --scorers: the scorers of this study.")] = None,
+    method: Annotated[str | None, typer.Option(help="What made the images. Default: the folder's name.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images a forward pass.")] = 32,
+    workers: Annotated[int | None, typer.Option(min=0, help="Processes that decode. Default: the cores.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    threads: ThreadsOption = None,
+    log_file: LogOption = None,
+) -> None:
+    """Score any folder of images with their prompts; one row an image and score, as in a study's score files.
+
+    Example, with the scorers of the default study and one of its image files, and then with your own:
+
+        invdpo score results/shapes/images/base/seed0.parquet --study config/shapes.yaml --out base.csv
+
+        invdpo score my_images --prompts prompts.csv --scorers config/scorers/paper.yaml --out scores.parquet
+
+    The prompts file of the second: a line `file,prompt`, then lines such as `0001.png,a red circle`.
+    """
+    _log_to(log_file)
+    _use_threads(threads)
+    if (scorers is None) == (study is None):
+        raise InvdpoError("Name the scorers: either --scorers or --study, and not both.")
+    from invdpo.config import load_scorers, load_study
+
+    chosen = load_study(study).scorers if study else load_scorers(Path(str(scorers)))
+    import torch
+
+    from invdpo.device import resolve_device
+    from invdpo.score import score as run
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    rows = run(
+        images,
+        prompts,
+        chosen,
+        out,
+        resolve_device(device),
+        method=method,
+        batch=batch,
+        workers=len(os.sched_getaffinity(0)) if workers is None else workers,
+    )
+    for name, values in rows.groupby("scorer")["score"]:
+        log.info(f"{name}: mean {values.mean():.6g} of {len(values)} images")
+    log.info(f"{len(rows)} rows -> {out}")
 
 
 @app.command()

@@ -101,9 +101,19 @@ class PickScoreConfig(Strict):
     processor: str | None = Field(None, description="folder or hub id of the processor where it is another one")
 
 
+Preprocessing = Annotated[
+    Literal["open_clip", "authors", "authors_aliased"],
+    Field(
+        description="open_clip: the model's own; authors: as the paper's and HPSv2's scripts with today's torchvision "
+        "(tensor, longer side, padded); authors_aliased: with torchvision before 0.17"
+    ),
+]
+
+
 class ClipConfig(Strict):
     model: str = Field(description="open_clip architecture, or hf-hub:ID, or local-dir:FOLDER")
     pretrained: str | None = Field(None, description="open_clip tag of the weights")
+    preprocessing: Preprocessing = "open_clip"
 
 
 class AestheticConfig(Strict):
@@ -116,6 +126,17 @@ class HpsConfig(Strict):
     model: str = Field(description="open_clip architecture, or hf-hub:ID, or local-dir:FOLDER")
     pretrained: str | None = None
     checkpoint: str | None = Field(None, description="path of a checkpoint with a `state_dict`")
+    version: Literal["v2.0", "v2.1"] | None = Field(
+        None, description="which of HPSv2's weights these are, for the rows: values of the two cannot be compared"
+    )
+    preprocessing: Preprocessing = "open_clip"
+
+
+class ImageRewardConfig(Strict):
+    """Runs in the environment of envs/imagereward; with neither file, ImageReward-v1.0 from the hub."""
+
+    checkpoint: str | None = Field(None, description="path of ImageReward.pt")
+    med_config: str | None = Field(None, description="path of med_config.json")
 
 
 class OracleConfig(Strict):
@@ -129,6 +150,7 @@ class ScorersConfig(Strict):
     clip: ClipConfig | None = None
     aesthetic: AestheticConfig | None = None
     hps: HpsConfig | None = None
+    imagereward: ImageRewardConfig | None = None
     oracle: OracleConfig | None = None
 
 
@@ -580,6 +602,23 @@ def _check_measured(study: StudyConfig, where: str) -> None:
         )
 
 
+def load_scorers(path: Path) -> ScorersConfig:
+    """Read the scorers of a YAML that holds what a study has under `scorers:`, or that is a study.
+
+    Raises InvdpoError that names the place in the file, what is wrong and the nearest valid key.
+    """
+    data = read_yaml(path)
+    if isinstance(data, dict) and isinstance(data.get("scorers"), dict):
+        data = data["scorers"]
+    try:
+        scorers = ScorersConfig.model_validate(data)
+    except ValidationError as error:
+        raise InvdpoError(explain(error, ScorersConfig, str(path), "scorers.", "list of scorers")) from error
+    if not scorers.model_fields_set:
+        raise InvdpoError(f"{path} names no scorer. Name at least one of {', '.join(ScorersConfig.model_fields)}.")
+    return scorers
+
+
 def dump_study(study: StudyConfig) -> str:
     """The resolved study as JSON text; `load_study` reads it back to an equal study."""
     return json.dumps(study.model_dump(mode="json"), sort_keys=True, indent=2) + "\n"
@@ -612,9 +651,9 @@ def nearest(word: str, known: Any) -> str:
     return f" Did you mean `{matches[0]}`?" if matches else f" Valid: {', '.join(sorted(known))}."
 
 
-def explain(error: ValidationError, model: type[BaseModel], where: str, prefix: str) -> str:
+def explain(error: ValidationError, model: type[BaseModel], where: str, prefix: str, what: str = "study") -> str:
     """What is wrong at which place of `where`, a line each; `prefix` is the place of `model` in the YAML."""
-    lines = [f"{where} is not a valid study:"]
+    lines = [f"{where} is not a valid {what}:"]
     for item in error.errors():
         place = prefix + _dotted(item["loc"])
         if item["type"] == "extra_forbidden":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import time
@@ -12,9 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from PIL import Image
 from tqdm import tqdm
@@ -22,12 +19,13 @@ from tqdm import tqdm
 from invdpo.backbones import sd15
 from invdpo.device import resolve_dtype
 from invdpo.errors import InvdpoError
-from invdpo.files import replace_when_done
 from invdpo.inversion.guidance import two_model_guidance
 from invdpo.prompts import read_prompts
 from invdpo.provenance import stamp
 from invdpo.sampling import decode, prompt_generator, sample, unet_evaluations
-from invdpo.scorers import Scorer, build_scorers
+from invdpo.scorers import build_scorers
+from invdpo.scorers.pictures import Pictures
+from invdpo.scorers.rows import SCORES, picture_hash, score_rows, write_parquet
 from invdpo.types import Conditioning, EpsModel
 
 if TYPE_CHECKING:
@@ -43,20 +41,6 @@ IMAGES = pa.schema(
         "prompt": pa.string(),
         "sha256": pa.string(),
         "png": pa.binary(),
-    }
-)
-SCORES = pa.schema(
-    {
-        "method": pa.string(),
-        "seed": pa.int64(),
-        "step": pa.int64(),
-        "prompt_set": pa.string(),
-        "prompt_id": pa.int64(),
-        "prompt": pa.string(),
-        "image_sha256": pa.string(),
-        "scorer": pa.string(),
-        "scorer_version": pa.string(),
-        "score": pa.float64(),
     }
 )
 
@@ -148,7 +132,7 @@ class _Studio:
             return two_model_guidance(sd15.UNetEps(self.base, self.dtype), trained, scale), 1.0
         return trained, scale
 
-    def draw(self, eps_model: EpsModel, guidance_scale: float, ids: range) -> list[Image.Image]:
+    def draw(self, eps_model: EpsModel, guidance_scale: float, ids: range) -> Pictures:
         """The pictures that an eps-model makes for some prompts."""
         sampling = self.study.sampling
         embeds = self.embeds[ids.start : ids.stop]
@@ -162,7 +146,7 @@ class _Studio:
             [prompt_generator(sampling.seed, prompt_id) for prompt_id in ids],
             self.shape,
         )
-        return [Image.fromarray(pixels) for pixels in decode(self.vae, latents)]
+        return Pictures(Image.fromarray(pixels) for pixels in decode(self.vae, latents))
 
 
 def _evaluate_seed(studio: _Studio, arm: ArmConfig, checkpoints: list[Checkpoint], bar: tqdm) -> Path:
@@ -178,8 +162,8 @@ def _evaluate_seed(studio: _Studio, arm: ArmConfig, checkpoints: list[Checkpoint
             except InvdpoError as error:
                 raise InvdpoError(f"arm {arm.name}, seed {checkpoint.seed}, step {checkpoint.step}: {error}") from error
             heads = [_head(studio, arm, checkpoint, prompt_id) for prompt_id in ids]
-            hashes = [hashlib.sha256(picture.tobytes()).hexdigest() for picture in pictures]
-            scores += _score(studio.scorers, heads, hashes, pictures)
+            hashes = [picture_hash(picture) for picture in pictures]
+            scores += score_rows(studio.scorers, heads, hashes, pictures)
             if checkpoint is checkpoints[-1]:
                 for head, digest, picture in zip(heads, hashes, pictures, strict=True):
                     images.append({**head, "sha256": digest, "png": _png(picture)})
@@ -200,8 +184,8 @@ def _evaluate_seed(studio: _Studio, arm: ArmConfig, checkpoints: list[Checkpoint
     provenance["scorer_versions"] = [scorer.version for scorer in studio.scorers]
     scores.sort(key=lambda row: (row["step"], row["prompt_id"], row["scorer"]))
     name = f"seed{checkpoints[0].seed}.parquet"
-    _write(study.root / "images" / arm.name / name, images, IMAGES, provenance)
-    _write(study.root / "scores" / arm.name / name, scores, SCORES, provenance)
+    write_parquet(study.root / "images" / arm.name / name, images, IMAGES, provenance)
+    write_parquet(study.root / "scores" / arm.name / name, scores, SCORES, provenance)
     return study.root / "scores" / arm.name / name
 
 
@@ -217,34 +201,7 @@ def _head(studio: _Studio, arm: ArmConfig, checkpoint: Checkpoint, prompt_id: in
     }
 
 
-def _score(
-    scorers: list[Scorer], heads: list[dict[str, Any]], hashes: list[str], pictures: list[Image.Image]
-) -> list[dict[str, Any]]:
-    """A row an image and score; none where the score does not exist for that prompt."""
-    rows = []
-    for scorer in scorers:
-        for name, values in scorer.score(pictures, [head["prompt"] for head in heads]).items():
-            for head, digest, value in zip(heads, hashes, values.tolist(), strict=True):
-                if not np.isnan(value):
-                    row = {
-                        "image_sha256": digest,
-                        "scorer": name,
-                        "scorer_version": scorer.version,
-                        "score": value,
-                    }
-                    rows.append({**head, **row})
-    return rows
-
-
 def _png(picture: Image.Image) -> bytes:
     stream = io.BytesIO()
     picture.save(stream, "PNG")
     return stream.getvalue()
-
-
-def _write(path: Path, rows: list[dict[str, Any]], schema: pa.Schema, provenance: dict[str, Any]) -> None:
-    """A parquet file, whole or not at all, with its provenance as JSON in the schema's metadata."""
-    table = pa.Table.from_pylist(rows, schema=schema)
-    table = table.replace_schema_metadata({"provenance": json.dumps(provenance, sort_keys=True)})
-    with replace_when_done(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd")

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import csv
 import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from invdpo.errors import InvdpoError
 
 # PartiPrompts.tsv says Prompt; Pick-a-Pic says caption; most others say prompt.
 COLUMNS = ("prompt", "Prompt", "caption")
+# What a prompt belongs to, in files that name it: an image's file, or its file without the ending.
+KEYS = ("file", "id")
 
 
 def read_prompts(path: Path | str, limit: int | None = None) -> list[str]:
@@ -23,21 +29,65 @@ def read_prompts(path: Path | str, limit: int | None = None) -> list[str]:
     Raises InvdpoError: missing, unreadable or empty file, unknown ending, no such column or key.
     """
     path = Path(path)
-    readers = {".txt": _read_text, ".csv": _read_table, ".tsv": _read_table, ".jsonl": _read_jsonl}
-    if path.suffix.lower() not in readers:
-        raise InvdpoError(f"prompts: {path} must end in {', '.join(readers)}")
-    if not path.is_file():
-        raise InvdpoError(f"prompts: there is no file {path}; set `prompts:` to a file of prompts")
-    try:
+    readers = {".txt": _read_text, ".csv": _table_prompts, ".tsv": _table_prompts, ".jsonl": _jsonl_prompts}
+    with _reading(path, readers):
         prompts = [prompt.strip() for prompt in readers[path.suffix.lower()](path)]
-    except UnicodeDecodeError as error:
-        raise InvdpoError(f"prompts: {path} is not UTF-8 text ({error}); save it as UTF-8") from error
-    except csv.Error as error:
-        raise InvdpoError(f"prompts: {path} is not a readable table: {error}") from error
     prompts = [prompt for prompt in prompts if prompt]
     if not prompts:
         raise InvdpoError(f"prompts: {path} holds no prompt")
     return prompts[:limit]
+
+
+def read_prompt_lines(path: Path) -> list[str]:
+    """Every line of a txt file, blank ones too, but not the end of the file; as they are, but for line ends.
+
+    Raises InvdpoError: missing or unreadable file.
+    """
+    with _reading(path, {".txt": _read_text}):
+        lines = _read_text(path)
+    while lines and not lines[-1].strip():
+        lines.pop()
+    return [line.removesuffix("\r") for line in lines]
+
+
+def read_named_prompts(path: Path) -> tuple[str, dict[str, str]]:
+    """(`file` or `id`, {name: prompt}) of a csv, tsv or jsonl with that column and one of `read_prompts`, in its order.
+
+    Raises InvdpoError: missing, unreadable or empty file, unknown ending, no such column, a name twice or none.
+    """
+    readers = {".csv": _table_pairs, ".tsv": _table_pairs, ".jsonl": _jsonl_pairs}
+    with _reading(path, readers):
+        key, pairs = readers[path.suffix.lower()](path)
+    if not pairs:
+        raise InvdpoError(f"prompts: {path} holds no prompt")
+    named = dict(pairs)
+    if nameless := sum(not name for name, _ in pairs):
+        raise InvdpoError(f"prompts: {nameless} rows of {path} have an empty `{key}`; fill it in")
+    if len(named) < len(pairs):
+        counts = Counter(name for name, _ in pairs)
+        twice = some([name for name, count in counts.items() if count > 1])
+        raise InvdpoError(f"prompts: {path} has more than one row with the `{key}` {twice}; keep one of each")
+    return key, named
+
+
+def some(names: Sequence[str]) -> str:
+    """Names for an error message: the first ten, and how many there are where there are more."""
+    return ", ".join(names[:10]) + (f", … ({len(names)} in all)" if len(names) > 10 else "")
+
+
+@contextmanager
+def _reading(path: Path, endings: Iterable[str]) -> Iterator[None]:
+    """Checks that the file can be one of prompts, and says in one voice why it cannot be read."""
+    if path.suffix.lower() not in endings:
+        raise InvdpoError(f"prompts: {path} must end in {', '.join(endings)}")
+    if not path.is_file():
+        raise InvdpoError(f"prompts: there is no file {path}; set `prompts:` to a file of prompts")
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise InvdpoError(f"prompts: {path} is not UTF-8 text ({error}); save it as UTF-8") from error
+    except csv.Error as error:
+        raise InvdpoError(f"prompts: {path} is not a readable table: {error}") from error
 
 
 def _read_text(path: Path) -> list[str]:
@@ -45,22 +95,44 @@ def _read_text(path: Path) -> list[str]:
     return path.read_text(encoding="utf-8-sig").split("\n")
 
 
-def _read_table(path: Path) -> list[str]:
+def _read_table(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+    """(header, rows)."""
     tab = path.suffix.lower() == ".tsv"
     with path.open(encoding="utf-8-sig", newline="") as file:
         if tab:
             rows = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
         else:
             rows = csv.DictReader(file)
-        header = rows.fieldnames or []
-        column = next((name for name in COLUMNS if name in header), None)
-        if column is None:
-            raise InvdpoError(f"prompts: {path} has none of the columns {', '.join(COLUMNS)}; it has {list(header)}")
-        return [row[column] or "" for row in rows]
+        header, found = list(rows.fieldnames or []), list(rows)
+    for number, row in enumerate(found, start=1):
+        if None in row:  # where csv puts what lies beyond the header: the rest of a prompt, most likely
+            raise InvdpoError(
+                f"prompts: row {number} of {path} has more than {len(header)} cells; quote prompts with commas"
+            )
+    return header, found
 
 
-def _read_jsonl(path: Path) -> list[str]:
-    prompts = []
+def _column(path: Path, header: list[str], names: Sequence[str]) -> str:
+    column = next((name for name in names if name in header), None)
+    if column is None:
+        raise InvdpoError(f"prompts: {path} has none of the columns {', '.join(names)}; it has {header}")
+    return column
+
+
+def _table_prompts(path: Path) -> list[str]:
+    header, rows = _read_table(path)
+    column = _column(path, header, COLUMNS)
+    return [row[column] or "" for row in rows]
+
+
+def _table_pairs(path: Path) -> tuple[str, list[tuple[str, str]]]:
+    header, rows = _read_table(path)
+    key, column = _column(path, header, KEYS), _column(path, header, COLUMNS)
+    return key, [(row[key] or "", row[column] or "") for row in rows]
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any], str]]:
+    """(number of the line, its object, the prompt in it)."""
     for number, line in enumerate(_read_text(path), start=1):
         if not line.strip():
             continue
@@ -71,5 +143,24 @@ def _read_jsonl(path: Path) -> list[str]:
         prompt = next((row[key] for key in COLUMNS if key in row), None) if isinstance(row, dict) else None
         if not isinstance(prompt, str):
             raise InvdpoError(f"prompts: {path}, line {number} has no text under any of the keys {', '.join(COLUMNS)}")
-        prompts.append(prompt)
-    return prompts
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise InvdpoError(f"prompts: {path}, line {number} holds half a character ({error}); repair it") from error
+        yield number, row, prompt
+
+
+def _jsonl_prompts(path: Path) -> list[str]:
+    return [prompt for _, _, prompt in _read_jsonl(path)]
+
+
+def _jsonl_pairs(path: Path) -> tuple[str, list[tuple[str, str]]]:
+    key, pairs = "", []
+    for number, row, prompt in _read_jsonl(path):
+        key = key or next((name for name in KEYS if name in row), "")
+        if not isinstance(row.get(key), (str, int)):
+            raise InvdpoError(
+                f"prompts: {path}, line {number} has no key `file` or `id`, or another than the lines before"
+            )
+        pairs.append((str(row[key]), prompt))
+    return key, pairs

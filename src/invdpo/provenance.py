@@ -30,9 +30,9 @@ LIBRARIES = ("torch", "diffusers", "transformers", "open_clip_torch", "numpy")
 
 
 def stamp(
-    study: StudyConfig,
+    study: StudyConfig | None,
     *,
-    config_hash: str,
+    config_hash: str | None = None,
     seed: int | None = None,
     device: torch.device | None = None,
     dtype: str | None = None,
@@ -41,11 +41,11 @@ def stamp(
 ) -> dict[str, Any]:
     """The provenance fields of a result file.
 
-    started: `time.time()` at the start of the work. unet_evals: forward passes of one latent, a backward
-    counted as two.
+    study: None for what belongs to none. started: `time.time()` at the start of the work. unet_evals: forward
+    passes of one latent, a backward counted as two.
     """
     return {
-        "study": study.study,
+        "study": study.study if study else None,
         "config_hash": config_hash,
         "seed": seed,
         "git_commit": git_commit(),

@@ -86,6 +86,7 @@ def pictures(table: pd.DataFrame, column: str) -> list[Image.Image]:
 
 def test_the_judges_are_as_good_as_the_card_says_through_the_studys_scorers() -> None:
     from invdpo.scorers.hps import HumanPreferenceScore
+    from invdpo.scorers.openclip import OpenClip
     from invdpo.scorers.pickscore import PickScore
 
     decided = validation().query("label_0 != 0.5")
@@ -93,7 +94,7 @@ def test_the_judges_are_as_good_as_the_card_says_through_the_studys_scorers() ->
     device = torch.device("cpu")
     judges = {
         "pickscore": PickScore(str(ASSETS / "scorers" / "pickscore"), device),
-        "hps": HumanPreferenceScore(f"local-dir:{ASSETS / 'scorers' / 'hps'}", device),
+        "hps": HumanPreferenceScore(OpenClip(f"local-dir:{ASSETS / 'scorers' / 'hps'}", device)),
     }
     for name, judge in judges.items():
         both = tuple(judge.score(pictures(decided, column), captions)[name] for column in ("jpg_0", "jpg_1"))

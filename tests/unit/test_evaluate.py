@@ -230,7 +230,7 @@ def test_a_full_disk_leaves_no_half_file(study: StudyConfig, monkeypatch: pytest
         Path(path).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(stage.pq, "write_table", full)
+    monkeypatch.setattr(pq, "write_table", full)
     with pytest.raises(InvdpoError, match="disk is full: .*seed0.parquet"):
         evaluate(study, "base", [3], CPU)
     assert [path for path in study.root.rglob("*") if path.is_file()] == []

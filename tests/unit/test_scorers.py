@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,13 +13,16 @@ import torch
 from PIL import Image
 from torch.nn.functional import normalize
 
+from invdpo.config import ScorersConfig
 from invdpo.errors import InvdpoError
 from invdpo.scorers import build_scorers
 from invdpo.scorers.aesthetic import LAYERS, AestheticHead, AestheticScore
 from invdpo.scorers.clip import ClipScore
 from invdpo.scorers.hps import HumanPreferenceScore
+from invdpo.scorers.openclip import OpenClip
 from invdpo.scorers.oracle import OracleScore
 from invdpo.scorers.pickscore import PickScore
+from invdpo.scorers.pictures import Pictures, prepare
 
 CPU = torch.device("cpu")
 WORDS = ["a", "red", "blue", "circle", "square", "left", "of"]
@@ -146,7 +148,7 @@ def test_clip_is_the_cosine_of_the_two_towers(open_clip_folder: Path) -> None:
     import open_clip
 
     name = f"local-dir:{open_clip_folder}"
-    found = ClipScore(name, CPU).score(pictures(), PROMPTS)["clip"]
+    found = ClipScore(OpenClip(name, CPU)).score(pictures(), PROMPTS)["clip"]
     model = open_clip.create_model(name)
     model.eval()
     start, end, unknown = 2, 3 + len(WORDS), 1
@@ -166,22 +168,23 @@ def test_hps_checkpoint_takes_the_place_of_the_weights(open_clip_folder: Path, t
     state = open_clip.create_model(f"local-dir:{other}").state_dict()
     torch.save({"state_dict": state, "epoch": 1}, tmp_path / "hps.pt")
     name = f"local-dir:{open_clip_folder}"
-    found = HumanPreferenceScore(name, CPU, checkpoint=tmp_path / "hps.pt")
-    expected = HumanPreferenceScore(f"local-dir:{other}", CPU)
-    plain = HumanPreferenceScore(name, CPU)
+    found = HumanPreferenceScore(OpenClip(name, CPU, checkpoint=tmp_path / "hps.pt"))
+    expected = HumanPreferenceScore(OpenClip(f"local-dir:{other}", CPU))
+    plain = HumanPreferenceScore(OpenClip(name, CPU))
     np.testing.assert_array_equal(found.score(pictures(), PROMPTS)["hps"], expected.score(pictures(), PROMPTS)["hps"])
     assert np.abs(plain.score(pictures(), PROMPTS)["hps"] - found.score(pictures(), PROMPTS)["hps"]).max() > 1e-3
     assert len({found.version, expected.version, plain.version}) == 3
 
 
-def test_pickscore_is_the_unscaled_cosine(pick_folder: Path) -> None:
+def test_pickscore_is_the_cosine_unscaled_and_scaled(pick_folder: Path) -> None:
     from transformers import CLIPModel
 
-    found = PickScore(str(pick_folder), CPU).score(pictures(), PROMPTS)["pickscore"]
+    found = PickScore(str(pick_folder), CPU).score(pictures(), PROMPTS)
     model = CLIPModel.from_pretrained(pick_folder).eval()
     start, end, unknown = 2, 3 + len(WORDS), 1
     mean, std = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
-    for image, prompt, value in zip(pictures(), PROMPTS, found, strict=True):
+    values = zip(found["pickscore"], found["pickscore_scaled"], strict=True)
+    for image, prompt, (value, scaled) in zip(pictures(), PROMPTS, values, strict=True):
         ids = [start, *(WORDS.index(w) + 3 if w in WORDS else unknown for w in prompt.split()), end]
         with torch.no_grad():
             output = model(
@@ -189,32 +192,43 @@ def test_pickscore_is_the_unscaled_cosine(pick_folder: Path) -> None:
                 pixel_values=as_pixels(image, mean, std)[None],
                 attention_mask=torch.ones(1, len(ids), dtype=torch.int64),
             )
-            expected = float(output.logits_per_image / model.logit_scale.exp())
-        assert value == pytest.approx(expected, abs=1e-6)
+            expected = float(output.logits_per_image)
+        assert scaled == pytest.approx(expected, abs=1e-5)
+        assert value == pytest.approx(expected / float(model.logit_scale.detach().exp()), abs=1e-6)
+        assert abs(scaled) > 5 * abs(value)
 
 
 def test_long_prompts_are_cut(pick_folder: Path, open_clip_folder: Path) -> None:
     long = " ".join(["red"] * 50)
     longer = " ".join(["red"] * 60)
-    for scorer in (PickScore(str(pick_folder), CPU), ClipScore(f"local-dir:{open_clip_folder}", CPU)):
-        (scores,) = scorer.score(pictures(1) * 2, [long, longer]).values()
-        assert scores[0] == scores[1]
+    for scorer in (PickScore(str(pick_folder), CPU), ClipScore(OpenClip(f"local-dir:{open_clip_folder}", CPU))):
+        for scores in scorer.score(pictures(1) * 2, [long, longer]).values():
+            assert scores[0] == scores[1]
+
+
+def test_cut_prompts_are_counted(pick_folder: Path, open_clip_folder: Path) -> None:
+    fits = " ".join(["red"] * (LENGTH - 2))  # beside start and end
+    for scorer in (PickScore(str(pick_folder), CPU), ClipScore(OpenClip(f"local-dir:{open_clip_folder}", CPU))):
+        assert scorer.cut([fits, f"{fits} red", "", f"{fits} red blue", "a zebra"]) == 2
 
 
 def test_scores_do_not_depend_on_the_batch(pick_folder: Path, open_clip_folder: Path, head_file: Path) -> None:
     name = f"local-dir:{open_clip_folder}"
     for scorer in (
         PickScore(str(pick_folder), CPU),
-        ClipScore(name, CPU),
-        AestheticScore(head_file, CPU, tower=name),
+        ClipScore(OpenClip(name, CPU)),
+        AestheticScore(head_file, OpenClip(name, CPU)),
     ):
-        (together,) = scorer.score(pictures(), PROMPTS).values()
-        alone = [next(iter(scorer.score([i], [p]).values()))[0] for i, p in zip(pictures(), PROMPTS, strict=True)]
-        np.testing.assert_allclose(together, alone, atol=1e-5)
+        together = scorer.score(pictures(), PROMPTS)
+        alone = [scorer.score([i], [p]) for i, p in zip(pictures(), PROMPTS, strict=True)]
+        backwards = scorer.score(pictures()[::-1], PROMPTS[::-1])
+        for name, values in together.items():
+            np.testing.assert_allclose(values, [row[name][0] for row in alone], rtol=1e-5, atol=1e-5)
+            np.testing.assert_allclose(values, backwards[name][::-1], rtol=1e-5, atol=1e-5)
 
 
 def test_aesthetic_is_affine_in_the_unit_embedding(open_clip_folder: Path, head_file: Path) -> None:
-    scorer = AestheticScore(head_file, CPU, tower=f"local-dir:{open_clip_folder}")
+    scorer = AestheticScore(head_file, OpenClip(f"local-dir:{open_clip_folder}", CPU))
     embeddings = normalize(torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(3)), dim=-1)
     weights = head_weights()
     matrix, bias = torch.eye(WIDTH), torch.zeros(WIDTH)
@@ -242,21 +256,21 @@ def test_laion_head_if_there() -> None:
 def test_versions_name_the_weights(open_clip_folder: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(open_clip_folder, copy)
-    first = ClipScore(f"local-dir:{open_clip_folder}", CPU).version
-    assert ClipScore(f"local-dir:{copy}", CPU).version == first
+    first = ClipScore(OpenClip(f"local-dir:{open_clip_folder}", CPU)).version
+    assert ClipScore(OpenClip(f"local-dir:{copy}", CPU)).version == first
     assert first.startswith("clip:") and first.endswith(":shortest-bicubic-32")
-    assert ClipScore(f"local-dir:{save_open_clip(tmp_path / 'other', seed=9)}", CPU).version != first
+    assert ClipScore(OpenClip(f"local-dir:{save_open_clip(tmp_path / 'other', seed=9)}", CPU)).version != first
 
 
 @pytest.mark.parametrize(
     ("build", "message"),
     [
         (lambda: PickScore("assets/no/such/model", CPU), "scorers.pickscore.model: .*assets/no/such/model"),
-        (lambda: ClipScore("local-dir:no/folder", CPU), "scorers.clip.model: .*no/folder"),
-        (lambda: ClipScore("ViT-B-32", CPU), "scorers.clip.model: .*without weights"),
-        (lambda: ClipScore("ViT-B-32", CPU, pretrained="no.pt"), "scorers.clip.model: .*no.pt"),
+        (lambda: ClipScore(OpenClip("local-dir:no/folder", CPU)), "scorers.clip.model: .*no/folder"),
+        (lambda: ClipScore(OpenClip("ViT-B-32", CPU)), "scorers.clip.model: .*without weights"),
+        (lambda: ClipScore(OpenClip("ViT-B-32", CPU, pretrained="no.pt")), "scorers.clip.model: .*no.pt"),
         (
-            lambda: HumanPreferenceScore("ViT-B-32", CPU, checkpoint="no.pt"),
+            lambda: OpenClip("ViT-B-32", CPU, checkpoint="no.pt", field="scorers.hps.model"),
             "scorers.hps.checkpoint: .*no.pt",
         ),
         (lambda: AestheticHead("no.pth", CPU), "scorers.aesthetic.model: .*no.pth"),
@@ -274,7 +288,7 @@ def test_folders_without_weights_are_not_random_models(
     for source, name in ((open_clip_folder, "clip"), (pick_folder, "pick")):
         shutil.copytree(source, tmp_path / name, ignore=shutil.ignore_patterns("*.safetensors"))
     with pytest.raises(InvdpoError, match="holds no weights"):
-        ClipScore(f"local-dir:{tmp_path / 'clip'}", CPU)
+        ClipScore(OpenClip(f"local-dir:{tmp_path / 'clip'}", CPU))
     with pytest.raises(InvdpoError, match="scorers.pickscore.model"):
         PickScore(str(tmp_path / "pick"), CPU)
 
@@ -285,7 +299,7 @@ def test_broken_weights_are_said_to_be_broken(open_clip_folder: Path, pick_folde
         for weights in (tmp_path / name).glob("*.safetensors"):
             weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(InvdpoError, match="scorers.clip.model: cannot load"):
-        ClipScore(f"local-dir:{tmp_path / 'clip'}", CPU)
+        ClipScore(OpenClip(f"local-dir:{tmp_path / 'clip'}", CPU))
     with pytest.raises(InvdpoError, match="scorers.pickscore.model: cannot load"):
         PickScore(str(tmp_path / "pick"), CPU)
 
@@ -303,7 +317,7 @@ def test_bad_aesthetic_heads(open_clip_folder: Path, tmp_path: Path) -> None:
         AestheticHead(path, CPU)
     torch.save(head_weights(width=24), path)
     with pytest.raises(InvdpoError, match="embeds images in 16 dimensions"):
-        AestheticScore(path, CPU, tower=f"local-dir:{open_clip_folder}")
+        AestheticScore(path, OpenClip(f"local-dir:{open_clip_folder}", CPU))
 
 
 def test_oracle_passes_on_what_the_world_says(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -324,14 +338,83 @@ def test_oracle_refuses_prompts_of_no_world() -> None:
         OracleScore("shapes").score(pictures(1, side=64), ["a photo of my dog"])
 
 
-def test_build_scorers_builds_what_is_named(open_clip_folder: Path, pick_folder: Path, head_file: Path) -> None:
+def all_scorers(open_clip_folder: Path, pick_folder: Path, head_file: Path) -> ScorersConfig:
     name = f"local-dir:{open_clip_folder}"
-    scorers = SimpleNamespace(
-        pickscore=SimpleNamespace(model=str(pick_folder), processor=None),
-        clip=None,
-        aesthetic=SimpleNamespace(model=str(head_file), tower=name, pretrained=None),
-        hps=SimpleNamespace(model=name, pretrained=None, checkpoint=None),
-        oracle=SimpleNamespace(world="shapes"),
+    return ScorersConfig.model_validate(
+        {
+            "pickscore": {"model": str(pick_folder)},
+            "clip": {"model": name},
+            "aesthetic": {"model": str(head_file), "tower": name},
+            "hps": {"model": name, "preprocessing": "authors", "version": "v2.1"},
+            "oracle": {"world": "shapes"},
+        }
     )
-    built = build_scorers(scorers, CPU)  # pyright: ignore[reportArgumentType]
-    assert [scorer.version.split(":")[0] for scorer in built] == ["pickscore", "aesthetic", "hps", "oracle"]
+
+
+def test_build_scorers_builds_what_is_named(open_clip_folder: Path, pick_folder: Path, head_file: Path) -> None:
+    built = build_scorers(all_scorers(open_clip_folder, pick_folder, head_file), CPU)
+    assert [scorer.version.split(":")[0] for scorer in built] == ["pickscore", "clip", "aesthetic", "hpsv2.1", "oracle"]
+    assert [scorer.version.split(":")[2] for scorer in built] == [
+        *["shortest-bicubic-32"] * 3,
+        "authors-longest-bicubic-antialiased-32",
+        "shapes",
+    ]
+    assert build_scorers(ScorersConfig.model_validate({}), CPU) == []
+
+
+def test_scorers_of_one_tower_share_its_pass(open_clip_folder: Path, pick_folder: Path, head_file: Path) -> None:
+    config = all_scorers(open_clip_folder, pick_folder, head_file)
+    _, clip, aesthetic, hps, _ = build_scorers(config, CPU)
+    assert isinstance(clip, ClipScore) and isinstance(aesthetic, AestheticScore)
+    assert isinstance(hps, HumanPreferenceScore)
+    passes: list[int] = []
+    for tower in {clip.tower, aesthetic.tower, hps.tower}:
+        tower.model.visual.register_forward_hook(lambda *arguments: passes.append(len(arguments[1][0])))
+
+    def scores(images: list[Image.Image]) -> list[np.ndarray]:
+        return [value for scorer in (clip, aesthetic, hps) for value in scorer.score(images, PROMPTS).values()]
+
+    apart = scores(pictures(side=48))
+    assert passes == [3, 3, 3]
+    shared = scores(Pictures(pictures(side=48)))
+    assert passes == [3] * 5  # clip and aesthetic have one preprocessing, hps another
+    np.testing.assert_array_equal(shared, apart)
+    assert np.abs(np.array(scores(Pictures(pictures(side=48)[::-1]))) - apart).max() > 1e-3  # nothing of old pictures
+
+
+@pytest.mark.parametrize("size", [(32, 32), (48, 48), (37, 61), (90, 41), (20, 33), (32, 70)])
+def test_a_resize_that_is_shared_changes_no_pixel(
+    open_clip_folder: Path, pick_folder: Path, size: tuple[int, int]
+) -> None:
+    import open_clip
+    from transformers import CLIPProcessor
+
+    generator = np.random.default_rng(0)
+    image = Image.fromarray(generator.integers(0, 256, (*size, 3), dtype=np.uint8))
+    pick, clip = PickScore(str(pick_folder), CPU), OpenClip(f"local-dir:{open_clip_folder}", CPU)
+    made = prepare(image, [pick.preprocessing, clip.preprocessing])
+    *_, transform = open_clip.create_model_and_transforms(f"local-dir:{open_clip_folder}")
+    assert torch.equal(made[clip.preprocessing], transform(image))  # pyright: ignore
+    processor = CLIPProcessor.from_pretrained(pick_folder, backend="pil")
+    assert torch.equal(made[pick.preprocessing], processor(images=image, return_tensors="pt")["pixel_values"][0])
+
+
+def test_the_authors_preprocessing_sees_the_whole_picture(open_clip_folder: Path) -> None:
+    def pixels(kind: Any, image: Image.Image) -> torch.Tensor:
+        tower = OpenClip(f"local-dir:{open_clip_folder}", CPU, preprocessing=kind)
+        return prepare(image, [tower.preprocessing])[tower.preprocessing]
+
+    (plain,) = pictures(1)
+    for kind in ("authors", "authors_aliased"):  # nothing to resize: nothing to differ in
+        torch.testing.assert_close(pixels(kind, plain), pixels("open_clip", plain), rtol=0, atol=1e-6)
+    wide = Image.new("RGB", (128, 64), "white")  # the statistics are 0.5: white is 1, black is -1
+    found = pixels("authors", wide)
+    assert found.shape == (3, SIDE, SIDE)
+    assert (found[:, : SIDE // 4] == -1).all() and (found[:, -SIDE // 4 :] == -1).all()
+    torch.testing.assert_close(found[:, SIDE // 4 : -SIDE // 4], torch.ones(3, SIDE // 2, SIDE))
+    assert (pixels("open_clip", wide) == 1).all()
+    (large,) = pictures(1, side=4 * SIDE)
+    smooth, rough = pixels("authors", large).std(), pixels("authors_aliased", large).std()
+    assert rough > 1.5 * smooth
+    torch.testing.assert_close(pixels("authors", large), pixels("open_clip", large), rtol=0, atol=0.02)
+    assert pixels("authors", Image.new("RGB", (500, 1))).shape == (3, SIDE, SIDE)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from evidence_fixture import make_config, make_study
+from evidence_fixture import SPREAD, make_config, make_study
 
 from invdpo.errors import InvdpoError
 from invdpo.evidence import figures, publish, tables
@@ -87,6 +87,13 @@ def test_nothing_run_at_all_still_gives_every_file() -> None:
     tables.write(study)
     assert len(figures.write(study)) == 14
     assert {row["status"] for row in read(study.root / "tables/table1.csv")} == {"not run"}
+
+
+def test_a_score_in_another_unit_is_in_no_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SPREAD, "pickscore_scaled", 0.2)
+    study = make_study(scorers=(*WITHOUT_ORACLE, "pickscore_scaled"))
+    evidence = load_evidence(study)
+    assert evidence.has("base", "pickscore_scaled") and evidence.scorers == list(WITHOUT_ORACLE)
 
 
 def test_a_study_without_an_oracle_uses_the_held_out_score() -> None:

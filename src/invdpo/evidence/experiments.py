@@ -29,7 +29,7 @@ from invdpo.evidence.figures import (
     save,
     whisker,
 )
-from invdpo.evidence.load import SCORERS, arm_title, scorer_title
+from invdpo.evidence.load import RESCALED, SCORERS, arm_title, scorer_title
 from invdpo.evidence.statistics import Interval, mean_interval
 from invdpo.evidence.tables import Block, Table, format_interval, record_of, triple, write_table
 
@@ -105,8 +105,8 @@ def _ends(interval: Interval) -> tuple[float, float, float]:
 
 def _changes(errors: pd.DataFrame) -> list[str]:
     """The scores whose change was measured, in the order of all tables."""
-    found = [column.removesuffix("_change") for column in errors.columns if column.endswith("_change")]
-    return [name for name in SCORERS if name in found] + sorted(set(found) - set(SCORERS))
+    found = {column.removesuffix("_change") for column in errors.columns if column.endswith("_change")} - RESCALED
+    return [name for name in SCORERS if name in found] + sorted(found - set(SCORERS))
 
 
 def inversion_error_table(study: StudyConfig) -> Table:

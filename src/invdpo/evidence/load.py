@@ -26,7 +26,10 @@ SCORERS = {
     "clip": "CLIP",
     "aesthetic": "Aesthetic",
     "hps": "HPS",
+    "imagereward": "ImageReward",
 }
+# The same score in another unit: in the score files for those who compare with such numbers, in no table.
+RESCALED = {"pickscore_scaled"}
 ARMS = {
     "base": "Base",
     "sft": "SFT",
@@ -169,7 +172,7 @@ class Evidence:
     @property
     def scorers(self) -> list[str]:
         """Names of all scores that any arm has, in the order of the tables."""
-        found = {name for arm in self.scores.values() for name in arm.values}
+        found = {name for arm in self.scores.values() for name in arm.values} - RESCALED
         return [name for name in SCORERS if name in found] + sorted(found - set(SCORERS))
 
     @property

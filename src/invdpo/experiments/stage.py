@@ -37,6 +37,7 @@ from invdpo.prompts import read_prompts
 from invdpo.provenance import stamp
 from invdpo.sampling import decode, prompt_generator
 from invdpo.scorers import build_scorers
+from invdpo.scorers.pictures import Pictures
 from invdpo.training.data import draw, pair_order
 from invdpo.types import Conditioning, select
 
@@ -218,7 +219,7 @@ def _inversion_error(
     scorers = build_scorers(study.scorers, device)
 
     def scored(latents: Tensor) -> dict[str, np.ndarray]:
-        pictures = [Image.fromarray(pixels) for pixels in decode(vae, latents)]
+        pictures = Pictures(Image.fromarray(pixels) for pixels in decode(vae, latents))
         return {name: v for scorer in scorers for name, v in scorer.score(pictures, held.captions).items()}
 
     x0, cond = held.pairs.win, held.pairs.cond

@@ -1,8 +1,8 @@
-"""What an image is worth: PickScore, CLIP, aesthetics, HPSv2, and the shapes world's oracle."""
+"""What an image is worth: PickScore, CLIP, aesthetics, HPSv2, ImageReward, and the shapes world's oracle."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from invdpo.config import ScorersConfig
+    from invdpo.scorers.openclip import Kind, OpenClip
+    from invdpo.scorers.pictures import Preprocessing
 
 
 class Scorer(Protocol):
@@ -20,15 +22,50 @@ class Scorer(Protocol):
     version: str
 
     def score(self, images: list[Image.Image], prompts: list[str]) -> dict[str, np.ndarray]:
-        """PIL images and their prompts -> score name -> (B,) float32; NaN where a score does not exist."""
+        """PIL images and their prompts -> score name -> (B,) float32; NaN where a score does not exist.
+
+        Scorers that are given the same `Pictures` share what they have in common (`invdpo.scorers.pictures`).
+        """
+        ...
+
+
+@runtime_checkable
+class Preprocesses(Protocol):
+    """A scorer that sees a picture only through this preprocessing, which can be done beforehand."""
+
+    preprocessing: Preprocessing
+
+
+@runtime_checkable
+class ReadsPrompts(Protocol):
+    """A scorer whose text tower reads a limited number of tokens."""
+
+    version: str
+
+    def cut(self, prompts: list[str]) -> int:
+        """How many of the prompts are longer than that."""
         ...
 
 
 def build_scorers(scorers: ScorersConfig, device: torch.device) -> list[Scorer]:
-    """The scorers that a study's config names, loaded. Raises InvdpoError naming the config field of missing
-    weights.
+    """The scorers that a study's config names, loaded; those with the same tower and preprocessing share it. Raises
+    InvdpoError naming the config field of missing weights.
     """
     built: list[Scorer] = []
+    towers: dict[tuple[str | None, ...], OpenClip] = {}
+
+    def tower(
+        field: str, model: str, pretrained: str | None, checkpoint: str | None = None, kind: Kind = "open_clip"
+    ) -> OpenClip:
+        from invdpo.scorers.openclip import OpenClip
+
+        key = (model, pretrained, checkpoint, kind)
+        if key not in towers:
+            towers[key] = OpenClip(
+                model, device, pretrained=pretrained, checkpoint=checkpoint, preprocessing=kind, field=field
+            )
+        return towers[key]
+
     if (pick := scorers.pickscore) is not None:
         from invdpo.scorers.pickscore import PickScore
 
@@ -36,15 +73,21 @@ def build_scorers(scorers: ScorersConfig, device: torch.device) -> list[Scorer]:
     if (clip := scorers.clip) is not None:
         from invdpo.scorers.clip import ClipScore
 
-        built.append(ClipScore(clip.model, device, pretrained=clip.pretrained))
+        built.append(ClipScore(tower("scorers.clip.model", clip.model, clip.pretrained, kind=clip.preprocessing)))
     if (aesthetic := scorers.aesthetic) is not None:
         from invdpo.scorers.aesthetic import AestheticScore
 
-        built.append(AestheticScore(aesthetic.model, device, tower=aesthetic.tower, pretrained=aesthetic.pretrained))
+        own = tower("scorers.aesthetic.tower", aesthetic.tower, aesthetic.pretrained)
+        built.append(AestheticScore(aesthetic.model, own))
     if (hps := scorers.hps) is not None:
         from invdpo.scorers.hps import HumanPreferenceScore
 
-        built.append(HumanPreferenceScore(hps.model, device, checkpoint=hps.checkpoint, pretrained=hps.pretrained))
+        own = tower("scorers.hps.model", hps.model, hps.pretrained, hps.checkpoint, hps.preprocessing)
+        built.append(HumanPreferenceScore(own, hps.version))
+    if (reward := scorers.imagereward) is not None:
+        from invdpo.scorers.imagereward import ImageReward
+
+        built.append(ImageReward(device, checkpoint=reward.checkpoint, med_config=reward.med_config))
     if (oracle := scorers.oracle) is not None:
         from invdpo.scorers.oracle import OracleScore
 

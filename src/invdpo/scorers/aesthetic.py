@@ -58,19 +58,20 @@ class AestheticScore:
     """`score` gives {"aesthetic": (B,)}.
 
     model: the head's .pth file. tower: the open_clip model that embeds the image (LAION's head: OpenAI's
-    ViT-L-14, for instance `hf-hub:timm/vit_large_patch14_clip_224.openai`); its embeddings are L2-normalised.
+    ViT-L-14, for instance `hf-hub:timm/vit_large_patch14_clip_224.openai`); its embeddings are L2-normalised. The
+    authors' script embeds with transformers, which resizes and crops as open_clip's own preprocessing does.
     """
 
-    def __init__(self, model: Path | str, device: torch.device, tower: str, pretrained: str | None = None):
-        self.head = AestheticHead(model, device)
-        self.tower = OpenClip(tower, device, pretrained=pretrained, field="scorers.aesthetic.tower")
-        width = int(self.tower.embed_images([Image.new("RGB", (8, 8))]).shape[1])
+    def __init__(self, model: Path | str, tower: OpenClip):
+        self.head = AestheticHead(model, tower.device)
+        self.tower, self.preprocessing = tower, tower.preprocessing
+        width = int(tower.embed_images([Image.new("RGB", (8, 8))]).shape[1])
         if width != self.head.width:
             raise InvdpoError(
-                f"scorers.aesthetic.tower: {tower} embeds images in {width} dimensions, the head {model} "
-                f"expects {self.head.width}; it was trained on another tower"
+                f"scorers.aesthetic.tower embeds images in {width} dimensions, the head {model} expects "
+                f"{self.head.width}; it was trained on another tower"
             )
-        self.version = f"aesthetic:{sha12([self.head.path])}+{self.tower.hash}:{self.tower.preprocessing}"
+        self.version = f"aesthetic:{sha12([self.head.path])}+{tower.hash}:{tower.preprocessing.name}"
 
     def score(self, images: list[Image.Image], prompts: list[str]) -> dict[str, np.ndarray]:
         """PIL images -> {"aesthetic": (B,) float32}, higher is better; the prompts play no part."""

@@ -6,7 +6,6 @@ The paper's values (.32 to .34) are those of ViT-H-14, laion2B-s32B-b79K (the au
 from __future__ import annotations
 
 import numpy as np
-import torch
 from PIL import Image
 
 from invdpo.scorers.openclip import OpenClip
@@ -14,11 +13,11 @@ from invdpo.scorers.weights import finite
 
 
 class ClipScore:
-    """`score` gives {"clip": (B,)}; see `OpenClip` for the names of models and for the preprocessing."""
+    """`score` gives {"clip": (B,)}; see `OpenClip` for the names of models and for the preprocessings."""
 
-    def __init__(self, model: str, device: torch.device, pretrained: str | None = None):
-        self.tower = OpenClip(model, device, pretrained=pretrained, field="scorers.clip.model")
-        self.version = f"clip:{self.tower.hash}:{self.tower.preprocessing}"
+    def __init__(self, tower: OpenClip):
+        self.tower, self.preprocessing, self.cut = tower, tower.preprocessing, tower.cut
+        self.version = f"clip:{tower.hash}:{tower.preprocessing.name}"
 
     def score(self, images: list[Image.Image], prompts: list[str]) -> dict[str, np.ndarray]:
         """PIL images and their prompts -> {"clip": (B,) float32}, higher is better."""

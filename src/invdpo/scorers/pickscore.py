@@ -1,11 +1,12 @@
-"""PickScore (Kirstain et al. 2023): raw cosine of image and prompt under a CLIP model tuned on Pick-a-Pic.
+"""PickScore (Kirstain et al. 2023): cosine of image and prompt under a CLIP model tuned on Pick-a-Pic.
 
-The authors' `utils/pickscore_utils.py` returns the cosine (0.20 to 0.23), the model card's example the cosine
-times exp(logit_scale), about 100. Here: the cosine.
+The authors' `utils/pickscore_utils.py` returns the raw cosine (0.20 to 0.23), the model card's example the cosine
+times exp(logit_scale), about 100 (20 to 23). Here both, as scores of different names.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,14 @@ from torch.nn.functional import normalize
 
 from invdpo.errors import InvdpoError
 from invdpo.scorers.openclip import half_on_cuda
+from invdpo.scorers.pictures import Pictures, Preprocessing
 from invdpo.scorers.weights import finite, loading, sha12, weights_in
 
 FIELD = "scorers.pickscore.model"
 
 
 class PickScore:
-    """`score` gives {"pickscore": (B,)}.
+    """`score` gives {"pickscore": (B,), "pickscore_scaled": (B,)}: the raw cosine, and times the checkpoint's scale.
 
     model: folder or hub id of a transformers `CLIPModel`. processor: folder or hub id of its `CLIPProcessor`,
     where that is another one (PickScore_v1 uses `laion/CLIP-ViT-H-14-laion2B-s32B-b79K`'s). Prompts are cut
@@ -41,20 +43,38 @@ class PickScore:
             lambda: _load_processor(processor or str(folder)),
         )
         self.length = int(self.model.config.text_config.max_position_embeddings)
-        crop = self.processor.image_processor.crop_size["height"]
-        self.version = f"pickscore:{sha12(weights_in(folder, FIELD))}:shortest-bicubic-{crop}"
+        self.preprocessing = _preprocessing(self.processor.image_processor)
+        self.scale = float(self.model.logit_scale.exp())
+        self.version = f"pickscore:{sha12(weights_in(folder, FIELD))}:{self.preprocessing.name}"
 
     @torch.no_grad()
     def score(self, images: list[Image.Image], prompts: list[str]) -> dict[str, np.ndarray]:
-        """PIL images and their prompts -> {"pickscore": (B,) float32}, higher is better."""
-        pixels = self.processor(images=images, return_tensors="pt").to(self.device)
+        """PIL images and their prompts -> {name: (B,) float32}, higher is better."""
+        pixels = Pictures.of(images).pixels(self.preprocessing).to(self.device)
         tokens = self.processor(
             text=prompts, padding="max_length", truncation=True, max_length=self.length, return_tensors="pt"
         ).to(self.device)
         with half_on_cuda(self.device):
-            image = unit_features(self.model.get_image_features(**pixels))
+            image = unit_features(self.model.get_image_features(pixel_values=pixels))
             text = unit_features(self.model.get_text_features(**tokens))
-        return {"pickscore": finite("pickscore", (image * text).sum(-1))}
+        cosine = finite("pickscore", (image * text).sum(-1))
+        return {"pickscore": cosine, "pickscore_scaled": cosine * np.float32(self.scale)}
+
+    def cut(self, prompts: list[str]) -> int:
+        """How many prompts have more tokens than the model reads (77); their ends play no part."""
+        return sum(len(ids) > self.length for ids in self.processor.tokenizer(prompts, verbose=False)["input_ids"])
+
+
+def _preprocessing(processor: Any) -> Preprocessing:
+    side, crop = int(processor.size["shortest_edge"]), int(processor.crop_size["height"])
+    numbers = (float(side), float(processor.rescale_factor), *processor.image_mean, *processor.image_std)
+    # Its resize can be shared with open_clip's towers, its arithmetic (in numpy) differs from theirs in the last bit.
+    name = f"shortest-bicubic-{crop}"
+    return Preprocessing(name, numbers, partial(_transform, processor), side)
+
+
+def _transform(processor: Any, image: Image.Image) -> Tensor:
+    return processor(images=image, return_tensors="pt")["pixel_values"][0]
 
 
 def unit_features(output: Any) -> Tensor:
