@@ -40,15 +40,23 @@ LOCK = lock_hash()
 SCORING = ("scorers/pickscore", "scorers/openclip", "scorers/pictures", "scorers/weights")
 ENCODING = ("preferences", "backbones", "schedule", "device", *SCORING)
 TRAINING = (*ENCODING, "training", "objectives", "likelihood", "inversion", "types")
-WORLD = ("world/oracle", "world/parser", "world/render", "world/scenes")
+WORLD = ("world/oracle", "world/benchmarks", "world/parser", "world/render", "world/scenes")
 EVALUATION = ("evaluate", "prompts", "sampling", "scorers", "inversion", "types", *ENCODING[1:], *WORLD)
-READING = ("evidence/load", "evidence/statistics")
+READING = ("evidence/load", "evidence/statistics", "scorers/composition")
 EXPERIMENTS = ("experiments", "evidence/statistics", *TRAINING, *EVALUATION)
 
 MODULES = {
     "preferences": ENCODING,
     "train": TRAINING,
     "evaluate": EVALUATION,
+    "distribution": (
+        "distribution",
+        "device",
+        "image_files",
+        "prompts",
+        *(f"scorers/{name}" for name in ("distribution", "openclip", "weights")),
+        *(f"world/{name}" for name in ("reference", "render", "scenes")),
+    ),
     "tables": ("evidence/tables", *READING),
     "figures": ("evidence/figures", *READING),
     "claims": ("evidence/claims", "evidence/tables", *READING),
@@ -56,7 +64,7 @@ MODULES = {
     "tune": ("tuning", *TRAINING, *EVALUATION),
     "experiments": EXPERIMENTS,
     "present": ("evidence/experiments", "evidence/figures", "evidence/tables", *READING),
-    "assets": ("world",),
+    "assets": ("world", "scorers/composition", "scorers/scene_graph"),
 }
 CODE = {stage: code_hash(modules)[:16] for stage, modules in MODULES.items()}
 
@@ -117,6 +125,18 @@ def scorer_files():
     return local(*(place for scorer in scorers if scorer for place in scorer.values()))
 
 
+def distribution_images():
+    """Images of the arms that are held against the reference set."""
+    arms = DISTRIBUTION["arms"] if DISTRIBUTION else []
+    return [path for path in IMAGES if Path(path).parent.name in arms]
+
+
+def distribution_files():
+    """Local weights and reference images of that comparison."""
+    places = (*DISTRIBUTION["reference"].values(), DISTRIBUTION["model"], DISTRIBUTION["inception_weights"])
+    return local(*(place for place in places if isinstance(place, str)))
+
+
 def every_run(name):
     """That file of every arm's runs."""
     return expand("<results>/runs/{arm}/seed{seed}/{name}", arm=study.arms, seed=study.seeds, name=name)
@@ -169,9 +189,11 @@ def arm_cost(wildcards):
 
 TABLES = {
     "table1": "Table 1: methods and scores",
+    "table2": "Table 2: compositional generation",
     "table3": "Table 3: inversion steps",
     "table_s5": "Table S5: q against p",
     "controls": "Label controls",
+    "composition": "Compositional benchmarks",
     "costs": "Costs",
 }
 FIGURES = {
@@ -220,5 +242,7 @@ PREFERENCES_KEY = digest(
 EVALUATION_KEY = digest(
     study.base, study.prompts, study.device, study.precision, SETTINGS["scorers"], SETTINGS["sampling"]
 )
-COMPARED = {key: value for key, value in SETTINGS["experiments"].items() if key not in {*MEASURED, "held_out"}}
+DISTRIBUTION = SETTINGS["experiments"]["distribution"]
+APART = {*MEASURED, "held_out", "distribution"}
+COMPARED = {key: value for key, value in SETTINGS["experiments"].items() if key not in APART}
 EVIDENCE_KEY = digest(SETTINGS["arms"], COMPARED, SETTINGS["seeds"])

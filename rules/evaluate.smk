@@ -43,6 +43,35 @@ use rule evaluate as evaluate_base with:
         arm="|".join(map(re.escape, UNTRAINED)),
 
 
+# One job for all arms: what takes its time is to start, and the reference set.
+if DISTRIBUTION:
+
+    rule distribution:
+        input:
+            images=distribution_images(),
+            prompts=local(study.prompts),
+            files=distribution_files(),
+        output:
+            csv="<results>/distribution.csv",
+            provenance="<results>/distribution.json",
+        log:
+            "<logs>/distribution.log",
+        benchmark:
+            "<benchmarks>/distribution.jsonl"
+        threads: STAGE_THREADS
+        resources:
+            gpu=GPU,
+        params:
+            study=STUDY,
+            key=digest(DISTRIBUTION, study.device, study.prompts, study.sampling.prompts),
+            code=CODE["distribution"],
+            lock=LOCK,
+        message:
+            "images of {study.study} against the reference set"
+        shell:
+            "invdpo distribution --study {params.study} --threads {threads} --log {log}"
+
+
 rule scores:
     input:
         SCORES,

@@ -6,6 +6,7 @@ rule tables:
         scores=SCORES,
         runs=RUNS,
         curves=CURVES,
+        distribution="<results>/distribution.csv" if DISTRIBUTION else [],
         published="src/invdpo/evidence/published.csv",
     output:
         csv=[shown(TABLES[name], f"<results>/tables/{name}.csv", "report/tables.rst", "Tables") for name in TABLES],

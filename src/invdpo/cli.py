@@ -228,6 +228,16 @@ def score(
 
 
 @app.command()
+def distribution(study: StudyOption, threads: ThreadsOption = None, log_file: LogOption = None) -> None:
+    """Hold the arms' images against a reference set (FID, KID, precision, recall): root/distribution.csv."""
+    config = _start(study, threads, log_file)
+    device = _device(config)
+    from invdpo.distribution import measure
+
+    log.info(str(measure(config, device)))
+
+
+@app.command()
 def tables(study: StudyOption, log_file: LogOption = None) -> None:
     """Write root/tables/ from the scores."""
     config = _start(study, None, log_file)
@@ -286,6 +296,60 @@ def mlflow(study: StudyOption, log_file: LogOption = None) -> None:
     from invdpo.tracking import sync
 
     sync(config)
+
+
+@app.command()
+def scene_graphs(
+    images: Annotated[Path, typer.Argument(help="Folder of images, or parquet with a column `png`, `jpg` or `image`.")],
+    graphs: Annotated[Path, typer.Argument(help="LAION-SG JSON; an image's name or prompt_id is its img_id.")],
+    url: Annotated[str, typer.Option(help="OpenAI-compatible endpoint: what comes before /chat/completions.")],
+    model: Annotated[str, typer.Option(help="The endpoint's name of the vision-language model.")],
+    out: Annotated[Path, typer.Option(help="Folder for answers.jsonl and scene_graphs.csv.")],
+    temperature: Annotated[float, typer.Option(min=0)] = 0.7,
+    seed: int = 1234,
+    repeats: Annotated[int, typer.Option(min=1, help="Answers an image.")] = 1,
+    attributes: Annotated[bool, typer.Option(help="Labels with their attributes: `brown dog`.")] = False,
+    multisets: Annotated[bool, typer.Option(help="Two dogs asked for need two dogs.")] = False,
+    key_variable: Annotated[str, typer.Option(help="Environment variable with the key.")] = "OPENAI_API_KEY",
+    workers: Annotated[int, typer.Option(min=1, help="Questions at a time.")] = 4,
+    log_file: LogOption = None,
+) -> None:
+    """Let a vision-language model read images as scene graphs: SG-, Entity- and Relation-IoU, a row an image."""
+    _log_to(log_file)
+    from invdpo.image_files import read_pictures
+    from invdpo.scene_graphs import ChatModel, read_graphs, score_scene_graphs, summary
+
+    rows = score_scene_graphs(
+        read_pictures(images),
+        read_graphs(graphs),
+        ChatModel(url, model, temperature, seed, key_variable),
+        out,
+        attributes=attributes,
+        duplicates="multiset" if multisets else "set",
+        repeats=repeats,
+        workers=workers,
+    )
+    log.info(summary(rows))
+
+
+@app.command()
+def composition(
+    benchmark: Annotated[str, typer.Argument(help="geneval, compbench or dpg.")],
+    results: Annotated[
+        list[str], typer.Argument(help="METHOD=FILE, the benchmark's own result file; once more is another seed.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for rows.csv and composition.csv, .md and .tex.")],
+    category: Annotated[str | None, typer.Option(help="compbench: the category of the files.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="compbench: the category's prompts, in their order.")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="compbench: images a prompt.")] = 10,
+    log_file: LogOption = None,
+) -> None:
+    """Turn result files of GenEval, T2I-CompBench or DPG-Bench into rows and a table with intervals."""
+    _log_to(log_file)
+    from invdpo.evidence.benchmarks import collect
+
+    for path in collect(benchmark, results, out, category, prompts, samples):
+        log.info(str(path))
 
 
 @app.command()

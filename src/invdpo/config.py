@@ -264,6 +264,42 @@ class AuditConfig(Strict):
     )
 
 
+class ReferenceConfig(Strict):
+    """The pictures that generated ones are held against: files, or a world's own."""
+
+    path: str | None = Field(None, description="folder of images, or parquet with a column `png`, `jpg` or `image`")
+    world: Literal["shapes"] | None = Field(None, description="a world that draws clean pictures, in place of files")
+    images: PositiveInt | None = Field(None, description="how many, of files the first by name; null: all of them")
+    seed: int = Field(0, description="of the world's pictures")
+    side: PositiveInt | None = Field(
+        None, description="pixels; each is squashed to a square of this side first; null: they have one size already"
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ReferenceConfig:
+        if (self.path is None) == (self.world is None):
+            raise ValueError("either `path` or `world`, and not both, says where the reference pictures are")
+        if self.world is not None and self.images is None:
+            raise ValueError("a `world` draws as many pictures as `images` says")
+        return self
+
+
+class DistributionConfig(Strict):
+    """FID, KID, precision and recall of some arms' pictures against a reference set."""
+
+    arms: list[Name] = Field(min_length=1, description="their last checkpoints, every seed")
+    reference: ReferenceConfig
+    model: str | None = Field(
+        None, description="open_clip model whose image tower gives the features, as `scorers.clip`; null: Inception"
+    )
+    pretrained: str | None = Field(None, description="open_clip tag of the model's weights")
+    inception_weights: str | None = Field(
+        None, description="file of Inception's weights in torch-fidelity's format; null: its release, downloaded once"
+    )
+    kid_subset_size: Annotated[int, Field(ge=2)] = Field(1000, description="no more than the smaller set has")
+    batch: PositiveInt = 64
+
+
 class ExperimentsConfig(Strict):
     """Which arms are set against each other in which table or figure, and the experiments on held-out pairs."""
 
@@ -276,6 +312,7 @@ class ExperimentsConfig(Strict):
         {}, description="arm with true labels -> control -> arm"
     )
     grids: GridsConfig | None = None
+    distribution: DistributionConfig | None = None
     held_out: str | None = Field(
         None,
         description="pairs that no arm trains on, as `preferences`; null: those of the study's own no run has seen",
@@ -300,7 +337,7 @@ class ExperimentsConfig(Strict):
     def named_arms(self) -> dict[str, str]:
         """Place in the YAML -> arm named there."""
         places = {}
-        for field in ("comparison", "q_vs_p", "grids", "precision", "audit"):
+        for field in ("comparison", "q_vs_p", "grids", "distribution", "precision", "audit"):
             entry = getattr(self, field)
             for number, arm in enumerate(entry.arms if entry else []):
                 places[f"experiments.{field}.arms[{number}]"] = arm

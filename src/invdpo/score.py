@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import re
 import time
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,12 +17,13 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from invdpo.errors import InvdpoError
 from invdpo.files import replace_when_done
+from invdpo.image_files import ENDINGS, open_image, open_picture, why
 from invdpo.prompts import read_named_prompts, read_prompt_lines, some
 from invdpo.provenance import stamp
 from invdpo.scorers import Preprocesses, ReadsPrompts, Scorer, build_scorers
@@ -36,15 +35,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("invdpo")
 
-ENDINGS = {".png", ".jpg", ".jpeg", ".webp"}
 # `image` says which one a row is about, where it was a file.
 ROWS = SCORES.append(pa.field("image", pa.string()))
 HEAD = ("method", "seed", "step", "prompt_set", "prompt_id", "prompt")
-TRANSPARENT, TURNED, DEEP = (
-    "transparent: the colour below the transparency is scored, as the authors' scripts do",
-    "turned as their EXIF orientation says",
-    "of 16 bits a pixel: scaled to 8",
-)
 
 
 @dataclass(frozen=True)
@@ -135,38 +128,6 @@ class Decoded:
     notes: list[str]
 
 
-def open_picture(source: Path | bytes) -> tuple[Image.Image, list[str]]:
-    """An RGB image, and what was done to it beside decoding. Raises whatever Pillow does where it is no picture, is not
-    whole, or has more pixels than Pillow thinks safe.
-    """
-    notes = []
-    with _open(source) as image:
-        if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] != 255:
-            notes.append(TRANSPARENT)
-        if image.getexif().get(0x0112, 1) != 1:
-            notes.append(TURNED)
-            image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I;16"):
-            notes.append(DEEP)
-            # Pillow's conversion would cut at 255, and leave a white picture.
-            image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
-        return image.convert("RGB"), notes
-
-
-def _open(source: Path | bytes) -> Image.Image:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        try:
-            return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-        except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-            raise ValueError(f"more than {Image.MAX_IMAGE_PIXELS} pixels") from error
-
-
-def _why(error: Exception) -> str:
-    """Without the file's name or the stream's address, which Pillow puts into its messages."""
-    return re.sub(r" '[^']*'$| <_io[^>]*>", "", str(error)) or type(error).__name__
-
-
 class _Decoder(Dataset):
     """Decodes, hashes and preprocesses an image at a time; gives the reason, as text, where that fails."""
 
@@ -180,7 +141,7 @@ class _Decoder(Dataset):
         try:
             image, notes = open_picture(self.items[index].source)
         except Exception as error:  # Pillow raises many kinds; all mean the same to the reader
-            return _why(error)
+            return why(error)
         made = prepare(image, self.preprocessings)
         return Decoded(image, picture_hash(image), [made[each].numpy() for each in self.preprocessings], notes)
 
@@ -224,9 +185,9 @@ def _check_headers(items: Sequence[Item]) -> None:
     broken = []
     for item in items:
         try:
-            _open(item.source).close()
+            open_image(item.source).close()
         except Exception as error:
-            broken.append(f"{item.name} ({_why(error)})")
+            broken.append(f"{item.name} ({why(error)})")
     if broken:
         raise InvdpoError(f"{len(broken)} of {len(items)} images cannot be read: {some(broken)}. Make them again.")
 

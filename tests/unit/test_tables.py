@@ -8,14 +8,17 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from evidence_fixture import SPREAD, make_config, make_study
 
+from invdpo.config import DistributionConfig, StudyConfig
 from invdpo.errors import InvdpoError
 from invdpo.evidence import figures, publish, tables
 from invdpo.evidence.load import arm_title, load_evidence, load_scores
 from invdpo.evidence.statistics import Interval
 
+ORACLE = ("oracle_utility", "oracle_sg_iou", "oracle_entity_iou", "oracle_relation_iou")
 WITHOUT_ORACLE = ("pickscore", "clip", "aesthetic", "hps")
 
 
@@ -69,6 +72,82 @@ def test_controls_and_inversion_steps() -> None:
     steps = read(study.root / "tables/table3.csv")
     assert [r["inversion_steps"] for r in steps] == ["10", "20", "40"]
     assert steps[0]["pickscore_minus_fewest"] == "" and float(steps[2]["pickscore_minus_fewest"]) > 0
+
+
+DISTRIBUTION = """method,seed,fid_standard,fid_laionsg_compat,kid,kid_subset_sd,precision,recall,images,\
+reference_images,features,rank,reference_rank
+base,0,8.5,14.5,0.2,0.1,0.9,0.8,24,100,64,23,64
+diffusion_dpo,0,10,10,0.3,0.1,0.9,0.8,24,100,64,23,64
+diffusion_dpo,1,11,12,0.4,0.3,0.7,0.8,24,100,64,22,64
+"""
+
+
+def study_with_sets() -> StudyConfig:
+    """A made-up study with distances of image sets, scene-graph scores and a task of two benchmarks."""
+    config = make_config()
+    arms = ["base", "diffusion_dpo", "inversion_dpo_code"]
+    sets = {"arms": arms, "reference": {"world": "shapes", "images": 100}}
+    experiments = config.experiments.model_copy(update={"distribution": DistributionConfig.model_validate(sets)})
+    study = make_study(skip=("inversion_dpo_code",), study=config.model_copy(update={"experiments": experiments}))
+    (study.root / "distribution.csv").write_text(DISTRIBUTION)
+    for arm in ("base", "diffusion_dpo"):
+        for path in (study.root / "scores" / arm).glob("*.parquet"):
+            rows = pd.read_parquet(path)
+            own = rows[rows["scorer"] == "oracle_utility"]
+            worse = arm == "base"
+            new = [
+                own.assign(scorer=f"oracle_{name}", score=0.25 if worse else 0.75)
+                for name in ("sg_iou", "entity_iou", "relation_iou", "dpg_score")
+            ]
+            new += [own[own["prompt_id"] < 10].assign(scorer="oracle_geneval_counting", score=0.0 if worse else 1.0)]
+            pd.concat([rows, *new], ignore_index=True).to_parquet(path)
+    return study
+
+
+def test_table2_has_sets_over_seeds_scene_graphs_and_the_paper() -> None:
+    study = study_with_sets()
+    tables.write(study)
+    rows = {row["arm"]: row for row in read(study.root / "tables/table2.csv")}
+    dpo = rows["diffusion_dpo"]
+    assert [dpo[f"fid_standard{end}"] for end in ("", "_seeds_low", "_seeds_high")] == ["10.5", "10", "11"]
+    assert (dpo["kid"], dpo["kid_subset_sd"], dpo["images"], dpo["rank"]) == ("0.35", "0.2", "24", "22")
+    assert (dpo["sg_iou"], dpo["sg_iou_minus_base"], dpo["fid"]) == ("0.75", "0.5", "")
+    paper = rows["Inversion-DPO on SDXL-SG"]
+    assert (paper["source"], paper["fid"], paper["sg_iou"], paper["fid_standard"]) == ("paper", "25.1", "0.354", "")
+    assert rows["inversion_dpo_code"]["fid_standard"] == rows["inversion_dpo_code"]["sg_iou"] == ""
+    text = (study.root / "tables/table2.md").read_text()
+    assert "| Diffusion-DPO | 10.5 (10 to 11) | 11 (10 to 12) |" in text and "| Base | 8.5 | 14.5 |" in text
+    assert "| Inversion-DPO (released code) | not run | not run |" in text
+    assert "24 images of each training seed against 100 reference images" in text
+    assert "rank 22 to 23 (not full: more than 64 images are needed)" in text
+
+
+def test_composition_table_counts_only_prompts_that_ask() -> None:
+    study = study_with_sets()
+    evidence = load_evidence(study)
+    assert evidence.scorers == [*ORACLE, *WITHOUT_ORACLE], "tasks are no columns of the other tables"
+    assert np.isnan(evidence.scores["base"].tasks["geneval_counting"]).sum() == 14
+    tables.write(study)
+    rows = {(r["arm"], r["benchmark"], r["task"]): r for r in read(study.root / "tables/composition.csv")}
+    assert rows["diffusion_dpo", "geneval", "counting"]["prompts"] == "10"
+    assert rows["diffusion_dpo", "geneval", "overall"]["score"] == "1"
+    assert rows["base", "dpg", "score"]["score"] == "25"
+    text = (study.root / "tables/composition.md").read_text()
+    assert "| Inversion-DPO (released code) | not run | not run |" in text and "GenEval position" in text
+
+
+@pytest.mark.parametrize("fault", ["a seed is missing", "twice"])
+def test_task_scores_must_be_complete(fault: str) -> None:
+    study = study_with_sets()
+    path = study.root / "scores/diffusion_dpo/seed1.parquet"
+    rows = pd.read_parquet(path)
+    counted = rows[rows["scorer"] == "oracle_geneval_counting"]
+    broken = (
+        rows.drop(counted.index[-1:]) if fault == "a seed is missing" else pd.concat([rows, counted], ignore_index=True)
+    )
+    broken.to_parquet(path)
+    with pytest.raises(InvdpoError, match="geneval_counting is missing|twice"):
+        load_evidence(study)
 
 
 def test_what_has_not_run_says_so() -> None:

@@ -177,6 +177,7 @@ STAGES = {
     "preferences": "preferences/cache",
     "train": "training/loop",
     "evaluate": "evaluate",
+    "distribution": "distribution",
     "tables": "evidence/tables",
     "figures": "evidence/figures",
     "claims": "evidence/claims",
@@ -208,7 +209,7 @@ def test_each_stage_watches_the_code_it_runs(stage: str) -> None:
 def test_smoke_runs_and_says_where_the_results_are(copies: tuple[Path, Path]) -> None:
     folder = copies[0]
     output = (folder / "output.txt").read_text()
-    files = ["tables/table1.csv", "figures/fig3.pdf", "claims.json", "mlflow.db"]
+    files = ["tables/table1.csv", "figures/fig3.pdf", "claims.json", "mlflow.db", "distribution.csv"]
     files += [f"tables/{name}.md" for name in ("inversion_error", "precision", "audit")]
     files += ["user_study/key.json", "user_study/bundle/manifest.json"]
     files += [f"figures/{name}.png" for name in ("inversion_error", "inversion_pictures", "precision", "audit")]
@@ -231,8 +232,9 @@ def test_two_runs_give_the_same_bytes(copies: tuple[Path, Path]) -> None:
     names = sorted(path.name for path in first.iterdir())
     assert names == sorted(path.name for path in second.iterdir()) and "table1.csv" in names
     assert [name for name in names if (first / name).read_bytes() != (second / name).read_bytes()] == []
-    claims = [folder / "results" / "smoke" / "claims.json" for folder in copies]
-    assert claims[0].read_bytes() == claims[1].read_bytes()
+    for name in ("claims.json", "distribution.csv"):
+        pair = [folder / "results" / "smoke" / name for folder in copies]
+        assert pair[0].read_bytes() == pair[1].read_bytes()
 
 
 def test_unchanged_run_does_nothing(copies: tuple[Path, Path]) -> None:
@@ -280,6 +282,9 @@ def test_edits_rerun_what_they_touch_and_no_more(copies: tuple[Path, Path]) -> N
 
     config.write_text(text.replace("latents: 4", "latents: 5"))
     assert jobs(snakemake(folder, *dry)) == {"inversion_error": 1, "present": 1, "all": 1}
+
+    config.write_text(text.replace("kid_subset_size: 8", "kid_subset_size: 9"))
+    assert jobs(snakemake(folder, *dry)) == {"distribution": 1, "tables": 1, "all": 1}
 
     config.write_text(text.replace("probes: 2", "probes: 3"))
     assert jobs(snakemake(folder, *dry)) == {"precision": 1, "claims": 1, "present": 1, "all": 1}

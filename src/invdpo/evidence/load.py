@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from invdpo.errors import InvdpoError
+from invdpo.scorers.composition import TASKS
 
 if TYPE_CHECKING:
     from invdpo.config import StudyConfig
@@ -60,6 +61,12 @@ SUFFIXES = {
 }
 
 
+INCOMPLETE = (
+    "is missing or not finite for some checkpoint, seed or prompt. "
+    "Evaluate every seed of the arm with the same study file."
+)
+
+
 def scorer_title(name: str) -> str:
     """How a score is called in print."""
     return SCORERS.get(name, name)
@@ -79,7 +86,10 @@ def arm_title(name: str) -> str:
 
 @dataclass(frozen=True)
 class ArmScores:
-    """All scores of one arm. values[scorer]: (steps, seeds, prompts that have this score) float64, by (set, id)."""
+    """All scores of one arm. values[scorer]: (steps, seeds, prompts that have this score) float64, by (set, id).
+    tasks[task of `invdpo.scorers.composition`]: (seeds, prompts) of the last step alone, nan for a prompt that does not
+    ask for it.
+    """
 
     arm: str
     steps: tuple[int, ...]
@@ -87,6 +97,7 @@ class ArmScores:
     prompts: tuple[tuple[str, str], ...]
     texts: tuple[str, ...]
     values: Mapping[str, np.ndarray]
+    tasks: Mapping[str, np.ndarray]
 
     @property
     def trained(self) -> bool:
@@ -125,8 +136,10 @@ def load_scores(root: Path, arm: str, seeds: tuple[int, ...] | None = None) -> A
     texts = rows.groupby(["prompt_set", "prompt_id"], sort=True)["prompt"].first()
     keys = [(str(a), str(b)) for a, b in texts.index.to_list()]
     steps, used = sorted(np.unique(rows["step"])), sorted(np.unique(rows["seed"]))
+    asked = rows["scorer"].str.removeprefix("oracle_").isin(TASKS)
+    tasks = _tasks(rows.loc[asked & (rows["step"] == steps[-1])], root / "scores" / arm, used, keys)
     values = {}
-    for name, part in rows.groupby("scorer", sort=True):
+    for name, part in rows[~asked].groupby("scorer", sort=True):
         cube = part.set_index(["step", "seed", "prompt_set", "prompt_id"])["score"]
         if cube.index.has_duplicates:
             raise InvdpoError(f"{root / 'scores' / arm}: {name} scored an image twice. Evaluate the arm again.")
@@ -136,14 +149,36 @@ def load_scores(root: Path, arm: str, seeds: tuple[int, ...] | None = None) -> A
         full = pd.MultiIndex.from_tuples([(t, s, *k) for t in steps for s in used for k in own])
         grid = cube.reindex(full).to_numpy(np.float64).reshape(len(steps), len(used), len(own))
         if not np.isfinite(grid).all():
-            raise InvdpoError(
-                f"{root / 'scores' / arm}: {name} is missing or not finite for some checkpoint, seed or prompt. "
-                "Evaluate every seed of the arm with the same study file."
-            )
+            raise InvdpoError(f"{root / 'scores' / arm}: {name} {INCOMPLETE}")
         values[str(name)] = grid
     return ArmScores(
-        arm, tuple(int(s) for s in steps), tuple(int(s) for s in used), tuple(keys), tuple(map(str, texts)), values
+        arm,
+        steps=tuple(int(s) for s in steps),
+        seeds=tuple(int(s) for s in used),
+        prompts=tuple(keys),
+        texts=tuple(map(str, texts)),
+        values=values,
+        tasks=tasks,
     )
+
+
+def _tasks(rows: pd.DataFrame, folder: Path, seeds: list[int], keys: list[tuple[str, str]]) -> dict[str, np.ndarray]:
+    """Task -> (seeds, prompts) of one checkpoint's rows, nan for a prompt that does not ask for the task."""
+    cells = pd.Series(rows.set_index(["scorer", "seed", "prompt_set", "prompt_id"])["score"])
+    if cells.index.has_duplicates:
+        raise InvdpoError(
+            f"{folder}: {cells.index[cells.index.duplicated()][0]} is there twice. Evaluate the arm again."
+        )
+    if cells.empty:
+        return {}
+    table = pd.DataFrame(cells.unstack(["prompt_set", "prompt_id"])).reindex(columns=pd.MultiIndex.from_tuples(keys))
+    found = {}
+    for name in sorted(set(rows["scorer"])):
+        found[name.removeprefix("oracle_")] = values = table.loc[name].reindex(seeds).to_numpy(np.float64)
+        missing = np.isnan(values)
+        if (missing.any(axis=0) != missing.all(axis=0)).any():
+            raise InvdpoError(f"{folder}: {name} {INCOMPLETE}")
+    return found
 
 
 def load_log(run: Path) -> pd.DataFrame:

@@ -22,7 +22,8 @@ BEGIN, END = "<!-- verdicts:begin -->", "<!-- verdicts:end -->"
 MAX_SCORES_BYTES = 5_000_000
 # Tables and figures that every study writes -> what they show of it.
 SHOWN_FOR = {
-    **dict.fromkeys(("table1", "fig3", "fig_s7", "fig_s8", "fig_oracle"), "comparison"),
+    **dict.fromkeys(("table1", "composition", "fig3", "fig_s7", "fig_s8", "fig_oracle"), "comparison"),
+    "table2": "distribution",
     "table3": "inversion_steps",
     "inversion_steps": "inversion_steps",
     "table_s5": "q_vs_p",
@@ -97,7 +98,7 @@ def publish(study: StudyConfig, repository: Path = Path(".")) -> list[Path]:
             (folder / name).mkdir()
             for path in _shown(study, root / name):
                 shutil.copy(path, folder / name / path.name)
-        for name in (*verdicts, "costs.json"):
+        for name in (*verdicts, "costs.json", "distribution.csv"):
             if (root / name).exists():
                 shutil.copy(root / name, folder / name)
         for path in sorted(root.glob("experiments/*/*.csv")):

@@ -37,6 +37,7 @@ from invdpo.prompts import read_prompts
 from invdpo.provenance import stamp
 from invdpo.sampling import decode, prompt_generator
 from invdpo.scorers import build_scorers
+from invdpo.scorers.composition import TASKS
 from invdpo.scorers.pictures import Pictures
 from invdpo.training.data import draw, pair_order
 from invdpo.types import Conditioning, select
@@ -220,7 +221,8 @@ def _inversion_error(
 
     def scored(latents: Tensor) -> dict[str, np.ndarray]:
         pictures = Pictures(Image.fromarray(pixels) for pixels in decode(vae, latents))
-        return {name: v for scorer in scorers for name, v in scorer.score(pictures, held.captions).items()}
+        found = {name: v for scorer in scorers for name, v in scorer.score(pictures, held.captions).items()}
+        return {name: v for name, v in found.items() if name.removeprefix("oracle_") not in TASKS}
 
     x0, cond = held.pairs.win, held.pairs.cond
     scales = settings.guidance_scales

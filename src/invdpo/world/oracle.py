@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
+from invdpo.scorers.scene_graph import SceneGraph, agreement
+from invdpo.world.benchmarks import tasks
 from invdpo.world.parser import Reading, Seen, read_picture
 from invdpo.world.render import relation_between
 from invdpo.world.scenes import Scene, Thing, read_caption
@@ -15,12 +17,6 @@ FAITHFULNESS_WEIGHT = 6.0
 AESTHETICS_WEIGHT = 3.0
 # A component that looks like no shape (mask IoU below this) is a blob, not an object.
 RECOGNISABLE = 0.6
-
-
-def iou(first: set, second: set) -> float:
-    """|A and B| / |A or B|; 0 where both are empty (LAION-SG's rule)."""
-    union = first | second
-    return len(first & second) / len(union) if union else 0.0
 
 
 def _agreement(thing: Thing, seen: Seen) -> float:
@@ -67,16 +63,18 @@ def aesthetics(reading: Reading) -> float:
     return (2 * reading.clean + reading.sharp + reading.pure) / 4
 
 
-def _graph(things: list[tuple[str, str, str | None]], relation: str | None) -> tuple[set, set, set]:
-    """Triples, entities and relations of a scene graph; attributes are triples, as in LAION-SG's loader."""
+def _graph(things: list[tuple[str, str, str | None]], relation: str | None) -> SceneGraph:
+    """Colour and size are in an entity's label, as in LAION-SG's loader, and also triples of their own ("circle is
+    red"), which LAION-SG has not: without them a caption of one thing would have no triple.
+    """
     labels = [" ".join(filter(None, (size, colour, shape))) for colour, shape, size in things]
-    triples = {(shape, "is", word) for colour, shape, size in things for word in (colour, size) if word}
+    triples = [(shape, "is", word) for colour, shape, size in things for word in (colour, size) if word]
     if relation is not None:
-        triples.add((labels[0], relation, labels[1]))
-    return triples, set(labels), {relation} if relation is not None else set()
+        triples.append((labels[0], relation, labels[1]))
+    return SceneGraph(tuple(triples), tuple(labels), () if relation is None else (relation,))
 
 
-def _graphs(scene: Scene, reading: Reading) -> tuple[tuple[set, set, set], tuple[set, set, set]]:
+def _graphs(scene: Scene, reading: Reading) -> tuple[SceneGraph, SceneGraph]:
     """The caption's graph and the picture's. Sizes count only for things whose size the caption states."""
     wanted = _graph([(thing.colour, thing.shape, thing.size) for thing in scene.things], scene.relation)
     assigned = _assign(scene, reading.seen)
@@ -98,19 +96,18 @@ def utility(scene: Scene, reading: Reading) -> float:
 
 
 def score(image: Image.Image | np.ndarray, prompt: str) -> dict[str, float]:
-    """utility, sg_iou, entity_iou, relation_iou of one picture for one caption.
+    """utility, sg_iou, entity_iou, relation_iou and the benchmarks' tasks of one picture for one caption.
 
     Raises ValueError where the prompt is not a caption of this world or the picture is not 64x64 RGB. relation_iou
-    is NaN for captions without a relation: the metric does not exist there.
+    is NaN for captions without a relation: the metric does not exist there (LAION-SG's script would say 0). A task
+    that the caption does not ask for has no entry.
     """
     scene = read_caption(prompt)
     if scene is None:
         raise ValueError(f"{prompt!r} is not a caption of the shapes world, so its oracle cannot judge it")
     reading = read_picture(np.asarray(image))
-    wanted, found = _graphs(scene, reading)
-    return {
-        "utility": utility(scene, reading),
-        "sg_iou": iou(wanted[0], found[0]),
-        "entity_iou": iou(wanted[1], found[1]),
-        "relation_iou": iou(wanted[2], found[2]) if scene.relation else float("nan"),
-    }
+    marks = agreement(*_graphs(scene, reading))
+    if scene.relation is None:
+        marks["relation_iou"] = float("nan")
+    recognised = [item for item in reading.seen if item.match >= RECOGNISABLE]
+    return {"utility": utility(scene, reading), **marks, **tasks(scene, recognised)}
