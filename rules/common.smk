@@ -54,16 +54,22 @@ MODULES = {
         "device",
         "image_files",
         "prompts",
-        *(f"scorers/{name}" for name in ("distribution", "openclip", "weights")),
+        *(f"scorers/{name}" for name in ("distribution", "openclip", "pictures", "weights")),
         *(f"world/{name}" for name in ("reference", "render", "scenes")),
     ),
-    "tables": ("evidence/tables", *READING),
+    "tables": ("evidence/tables", "evidence/comparisons", "evidence/compositional", "evidence/printing", *READING),
     "figures": ("evidence/figures", *READING),
-    "claims": ("evidence/claims", "evidence/tables", *READING),
+    "claims": ("evidence/claims", "evidence/printing", *READING),
     "mlflow": ("tracking", *READING),
     "tune": ("tuning", *TRAINING, *EVALUATION),
     "experiments": EXPERIMENTS,
-    "present": ("evidence/experiments", "evidence/figures", "evidence/tables", *READING),
+    "present": (
+        "evidence/experiments",
+        "evidence/figures",
+        "evidence/comparisons",
+        "evidence/printing",
+        *READING,
+    ),
     "assets": ("world", "scorers/composition", "scorers/scene_graph"),
 }
 CODE = {stage: code_hash(modules)[:16] for stage, modules in MODULES.items()}
@@ -154,7 +160,11 @@ def experiment_key(name):
     settings = experiments[name]
     recipes = [read_yaml(method_path(entry["method"] or label)) for label, entry in settings.get("recipes", {}).items()]
     arms = [study.arm(arm).hash for arm in (*study.experiments.trained_arms(name), *settings.get("arms", []))]
-    judged = {"inversion_error": [scorers], "audit": [scorers, study.prompts, SETTINGS["sampling"]]}.get(name)
+    judged = {
+        "inversion_error": [scorers],
+        "audit": [scorers, study.prompts, SETTINGS["sampling"]],
+        "preference_accuracy": [scorers],
+    }.get(name)
     return digest(PREFERENCES_KEY, experiments["held_out"], SETTINGS["seeds"], settings, recipes, arms, judged)
 
 
@@ -190,6 +200,9 @@ def arm_cost(wildcards):
 TABLES = {
     "table1": "Table 1: methods and scores",
     "table2": "Table 2: compositional generation",
+    "win_rates": "Win rates between methods",
+    "over_optimisation": "Over-optimisation",
+    "to_target": "Cost to reach a score",
     "table3": "Table 3: inversion steps",
     "table_s5": "Table S5: q against p",
     "controls": "Label controls",
@@ -207,17 +220,21 @@ FIGURES = {
 }
 
 
-# experiment -> what its table and its figures show
+# experiment -> what its table shows, and its figures
 MEASURED = {
-    "inversion_error": {
-        "inversion_error": "Inversion error",
-        "inversion_levels": "Inversion error by noise level",
-        "inversion_pictures": "Inversion and sampling, side by side",
-    },
-    "precision": {"precision": "Precision of the surrogates"},
-    "audit": {"audit": "Gradient audit"},
+    "inversion_error": (
+        "Inversion error",
+        {
+            "inversion_error": "Inversion error",
+            "inversion_levels": "Inversion error by noise level",
+            "inversion_pictures": "Inversion and sampling, side by side",
+        },
+    ),
+    "precision": ("Precision of the surrogates", {"precision": "Precision of the surrogates"}),
+    "audit": ("Gradient audit", {"audit": "Gradient audit"}),
+    "preference_accuracy": ("Preference accuracy of the scores", {}),
 }
-STUDIED = {name: figures for name, figures in MEASURED.items() if name in study.experiments.measured}
+STUDIED = {name: shows for name, shows in MEASURED.items() if name in study.experiments.measured}
 
 
 def shown(title, path, caption, category):

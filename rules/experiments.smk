@@ -96,6 +96,36 @@ if "audit" in STUDIED:
             "invdpo experiment audit --study {params.study} --threads {threads} --log {log}"
 
 
+if "preference_accuracy" in STUDIED:
+    VOTES = study.experiments.preference_accuracy
+
+    rule preference_accuracy:
+        input:
+            votes=local(VOTES.votes or study.experiments.held_out),
+            validation=local(VOTES.validation),
+            scorers=scorer_files(),
+        output:
+            votes="<results>/experiments/preference_accuracy/votes.csv",
+            accuracy="<results>/experiments/preference_accuracy/accuracy.csv",
+            provenance="<results>/experiments/preference_accuracy/provenance.json",
+        log:
+            "<logs>/experiments/preference_accuracy.log",
+        benchmark:
+            "<benchmarks>/experiments/preference_accuracy.jsonl"
+        threads: STAGE_THREADS
+        resources:
+            gpu=GPU,
+        params:
+            study=STUDY,
+            key=experiment_key("preference_accuracy"),
+            code=CODE["experiments"],
+            lock=LOCK,
+        message:
+            "how the scores agree with held-out votes"
+        shell:
+            "invdpo experiment preference_accuracy --study {params.study} --threads {threads} --log {log}"
+
+
 if STUDIED:
 
     rule present:
@@ -103,21 +133,16 @@ if STUDIED:
             [getattr(rules, name).output for name in STUDIED],
         output:
             csv=[
-                shown(
-                    list(STUDIED[name].values())[0],
-                    f"<results>/tables/{name}.csv",
-                    "report/experiments.rst",
-                    "Experiments",
-                )
-                for name in STUDIED
+                shown(title, f"<results>/tables/{name}.csv", "report/experiments.rst", "Experiments")
+                for name, (title, _) in STUDIED.items()
             ],
             text=expand("<results>/tables/{name}.{format}", name=STUDIED, format=["md", "tex"]),
             png=[
                 shown(title, f"<results>/figures/{figure}.png", f"report/{name}.rst", "Experiments")
-                for name, figures in STUDIED.items()
+                for name, (_, figures) in STUDIED.items()
                 for figure, title in figures.items()
             ],
-            pdf=[f"<results>/figures/{figure}.pdf" for figures in STUDIED.values() for figure in figures],
+            pdf=[f"<results>/figures/{figure}.pdf" for _, figures in STUDIED.values() for figure in figures],
         log:
             "<logs>/present.log",
         params:

@@ -68,7 +68,7 @@ if study.user_study is not None:
         params:
             study=STUDY,
             code=ANALYSING,
-            package=code_hash(("evidence/load", "evidence/statistics", "evidence/tables"))[:16],
+            package=code_hash(("evidence/load", "evidence/printing", "evidence/statistics"))[:16],
             lock=LOCK,
         message:
             "analysing the votes on {study.study}"

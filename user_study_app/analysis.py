@@ -23,9 +23,9 @@ from scipy import stats
 
 from invdpo.config import StudyConfig
 from invdpo.errors import InvdpoError
-from invdpo.evidence.load import SCORERS, arm_title, scorer_title
+from invdpo.evidence.load import SCORERS, arm_title, published, scorer_title
+from invdpo.evidence.printing import Block, Table, format_interval, record_of, triple, write_table
 from invdpo.evidence.statistics import Interval, holm
-from invdpo.evidence.tables import Block, Table, format_interval, published, record_of, triple, write_table
 from invdpo.files import write_json
 from invdpo.provenance import stamp
 from user_study_app.settings import Places

@@ -240,7 +240,7 @@ def distribution(study: StudyOption, threads: ThreadsOption = None, log_file: Lo
 @app.command()
 def tables(study: StudyOption, log_file: LogOption = None) -> None:
     """Write root/tables/ from the scores."""
-    config = _start(study, None, log_file)
+    config = _start(study, 1, log_file)  # small products, which threads only slow down
     from invdpo.evidence.tables import write
 
     write(config)
@@ -257,7 +257,10 @@ def figures(study: StudyOption, log_file: LogOption = None) -> None:
 
 @app.command()
 def experiment(
-    name: Annotated[str, typer.Argument(help="inversion_error, precision or audit, where the study has it.")],
+    name: Annotated[
+        str,
+        typer.Argument(help="inversion_error, precision, audit or preference_accuracy, where the study has it."),
+    ],
     study: StudyOption,
     threads: ThreadsOption = None,
     log_file: LogOption = None,
@@ -272,9 +275,105 @@ def experiment(
 
 
 @app.command()
+def preference_accuracy(
+    study: StudyOption,
+    votes: Annotated[
+        str | None, typer.Option(help="Pick-a-Pic parquet, folder or hub id. Default: those of the study.")
+    ] = None,
+    validation: Annotated[
+        str | None,
+        typer.Option(help="Votes that the tie threshold is chosen on. Default: half of the prompts of --votes."),
+    ] = None,
+    scale: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=NUMBER: what a score is multiplied by before the softmax. Default: fitted."),
+    ] = None,
+    threads: ThreadsOption = None,
+    log_file: LogOption = None,
+) -> None:
+    """Print how often the study's scores agree with held-out votes, ties included; nothing is written."""
+    config = _start(study, threads, log_file)
+    device = _device(config)
+    from invdpo.config import PreferenceAccuracyConfig
+    from invdpo.evidence.experiments import accuracy_table
+    from invdpo.evidence.printing import to_markdown
+    from invdpo.experiments.stage import measure_votes
+
+    own = config.experiments.preference_accuracy or PreferenceAccuracyConfig.model_validate({})
+    given = {"votes": votes, "validation": validation, "scales": dict(map(_named_number, scale or []))}
+    if votes is not None and validation is None:
+        own = own.model_copy(update={"validation": None})  # the study's goes with the study's votes
+    settings = own.model_copy(update={key: value for key, value in given.items() if value})
+    files, _ = measure_votes(config, settings, device)
+    typer.echo(to_markdown(accuracy_table(files["accuracy.csv"], files["votes.csv"])))
+
+
+def _named_number(text: str) -> tuple[str, float]:
+    name, _, number = text.partition("=")
+    try:
+        value = float(number)
+    except ValueError:
+        value = 0.0
+    if not name or not value > 0:
+        raise InvdpoError(f"--scale {text}: expected NAME=NUMBER with a positive number, as in pickscore=100.")
+    return name, value
+
+
+@app.command()
+def power(
+    difference: Annotated[
+        float | None, typer.Option(help="Mean difference to find, in the score's units; needs its spread.")
+    ] = None,
+    share: Annotated[float | None, typer.Option(help="Share of votes won, to tell from one half.")] = None,
+    study: Annotated[Path | None, typer.Option(help="A finished study, for its variance components.")] = None,
+    arm: Annotated[str | None, typer.Option(help="An arm of that study.")] = None,
+    baseline: Annotated[str | None, typer.Option(help="The arm it is held against. Default: the base model.")] = None,
+    scorer: Annotated[str | None, typer.Option(help="A score of that study. Default: its primary one.")] = None,
+    seed_sd: Annotated[
+        float | None, typer.Option(min=0, help="Standard deviation of the paired difference between training seeds.")
+    ] = None,
+    prompt_sd: Annotated[float | None, typer.Option(min=0, help="The same between prompts.")] = None,
+    residual_sd: Annotated[float | None, typer.Option(min=0, help="What is left of one seed and prompt.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Training seeds. Default: the study's, or 3.")] = None,
+    prompts: Annotated[int | None, typer.Option(min=2, help="Prompts. Default: the study's, or 500.")] = None,
+    votes_per_cluster: Annotated[
+        float, typer.Option(min=1, help="Votes of one rater, or on one pair, where they resemble one another.")
+    ] = 1,
+    correlation: Annotated[float, typer.Option(min=0, max=1, help="Correlation of two such votes.")] = 0,
+    chance: Annotated[
+        float, typer.Option("--power", min=0.01, max=0.999, help="Chance of finding what is there.")
+    ] = 0.8,
+    alpha: Annotated[float, typer.Option(min=1e-6, max=0.5, help="Chance of finding what is not, two-sided.")] = 0.05,
+) -> None:
+    """Say how many prompts, training seeds or votes a difference needs, or which difference they can find."""
+    _log_to(None)
+    from invdpo.evidence.planning import Spread, plan_difference, plan_votes, spread_of_study
+
+    given = {"--seed-sd": seed_sd, "--prompt-sd": prompt_sd, "--residual-sd": residual_sd}
+    if share is not None:
+        typer.echo(plan_votes(share, chance, alpha, votes_per_cluster, correlation))
+        return
+    if study is not None:
+        if named := [name for name, value in given.items() if value is not None]:
+            raise InvdpoError(f"{named[0]} and --study both say how much differences vary; give one of them.")
+        if arm is None:
+            raise InvdpoError("--study needs --arm, the arm whose difference from --baseline is planned.")
+        spread = spread_of_study(_start(study, 1), arm, baseline, scorer)
+    elif any(given.values()):
+        variances = ((seed_sd or 0) ** 2, (prompt_sd or 0) ** 2, (residual_sd or 0) ** 2)
+        spread = Spread(variances, 3, 500, "given standard deviations")
+    else:
+        raise InvdpoError(
+            "Nothing to plan with: give --share for votes, or --difference with --study and --arm, or with --prompt-sd "
+            "and, as far as known, --seed-sd and --residual-sd."
+        )
+    typer.echo(plan_difference(spread, difference, seeds or spread.seeds, prompts or spread.prompts, chance, alpha))
+
+
+@app.command()
 def present(study: StudyOption, log_file: LogOption = None) -> None:
     """Write the tables and figures of the experiments on held-out pairs: root/tables/ and root/figures/."""
-    config = _start(study, None, log_file)
+    config = _start(study, 1, log_file)  # small products, which threads only slow down
     from invdpo.evidence.experiments import write
 
     write(config)
@@ -283,7 +382,7 @@ def present(study: StudyOption, log_file: LogOption = None) -> None:
 @app.command()
 def claims(study: StudyOption, log_file: LogOption = None) -> None:
     """Judge the claims: root/claims.json and claims.md."""
-    config = _start(study, None, log_file)
+    config = _start(study, 1, log_file)  # small products, which threads only slow down
     from invdpo.evidence.claims import write
 
     write(config)

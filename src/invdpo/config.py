@@ -38,7 +38,7 @@ METHODS = Path("config/methods")
 TUNED = Path("config/tuned")  # where `invdpo tune` leaves its choices
 DEFAULT = "default"  # the grid of beta of every arm that has none of its own
 NO_TRAINING = "no_training"
-MEASURED = ("inversion_error", "precision", "audit")  # the experiments on held-out pairs
+MEASURED = ("inversion_error", "precision", "audit", "preference_accuracy")  # the experiments on held-out pairs
 PREPARED = {"resolution", "max_undecodable"}  # training settings that `invdpo prepare` applies, once a study
 
 
@@ -300,6 +300,41 @@ class DistributionConfig(Strict):
     batch: PositiveInt = 64
 
 
+class PreferenceAccuracyConfig(Strict):
+    """How often each score of the study agrees with held-out votes, ties included."""
+
+    votes: str | None = Field(
+        None, description="pairs with ties, as `preferences`, that accuracy is measured on; null: `held_out`"
+    )
+    validation: str | None = Field(
+        None, description="pairs that the tie threshold is chosen on; null: half of the prompts of `votes`"
+    )
+    scales: dict[str, PositiveFloat] = Field(
+        {},
+        description="score -> what its difference is multiplied by before the sigmoid (PickScore's own script: the "
+        "checkpoint's logit scale); a score that is not named: fitted to the votes of validation",
+    )
+
+
+class OverOptimisationConfig(Strict):
+    """Whether gains on the score of the training votes are gains at all."""
+
+    trained: str = Field(description="the score that was trained on votes of the kind that `preferences` holds")
+    held_out: list[str] = Field(min_length=1, description="scores that no method was trained for")
+
+    @model_validator(mode="after")
+    def _apart(self) -> OverOptimisationConfig:
+        if self.trained in self.held_out:
+            raise ValueError(f"{self.trained} is held against itself; leave it out of `held_out`")
+        return self
+
+
+class ToTargetConfig(Strict):
+    """How soon each arm of the comparison reaches the final score of one of them."""
+
+    arm: Name
+
+
 class ExperimentsConfig(Strict):
     """Which arms are set against each other in which table or figure, and the experiments on held-out pairs."""
 
@@ -313,6 +348,8 @@ class ExperimentsConfig(Strict):
     )
     grids: GridsConfig | None = None
     distribution: DistributionConfig | None = None
+    over_optimisation: OverOptimisationConfig | None = None
+    to_target: ToTargetConfig | None = None
     held_out: str | None = Field(
         None,
         description="pairs that no arm trains on, as `preferences`; null: those of the study's own no run has seen",
@@ -320,6 +357,7 @@ class ExperimentsConfig(Strict):
     inversion_error: InversionErrorConfig | None = None
     precision: PrecisionConfig | None = None
     audit: AuditConfig | None = None
+    preference_accuracy: PreferenceAccuracyConfig | None = None
 
     @property
     def measured(self) -> list[str]:
@@ -343,6 +381,8 @@ class ExperimentsConfig(Strict):
                 places[f"experiments.{field}.arms[{number}]"] = arm
         for number, arm in enumerate(self.audit.policies if self.audit else []):
             places[f"experiments.audit.policies[{number}]"] = arm
+        if self.to_target is not None:
+            places["experiments.to_target.arm"] = self.to_target.arm
         for family, points in self.inversion_steps.items():
             places |= {f"experiments.inversion_steps.{family}.{steps}": arm for steps, arm in points.items()}
         for true_arm, controls in self.controls.items():
@@ -632,6 +672,17 @@ def _check_measured(study: StudyConfig, where: str) -> None:
         raise InvdpoError(
             f"{where}: `experiments.audit` needs `scorers.pickscore`, whose gradient it compares with. Add it, or "
             "leave the audit out."
+        )
+    votes = experiments.preference_accuracy
+    if votes is not None and votes.votes is None and experiments.held_out is None:
+        raise InvdpoError(
+            f"{where}: `experiments.preference_accuracy` needs votes that no method was trained on. Set its `votes`, "
+            "or `experiments.held_out`."
+        )
+    if experiments.to_target is not None and not study.arm(experiments.to_target.arm).trains:
+        raise InvdpoError(
+            f"{where}: `experiments.to_target` names `{experiments.to_target.arm}`, which does not train. Name an arm "
+            "whose final score is a target."
         )
     if experiments.held_out is not None and experiments.held_out == study.preferences:
         raise InvdpoError(

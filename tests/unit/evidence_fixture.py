@@ -66,6 +66,8 @@ def make_config(scorers: tuple[str, ...] = tuple(SPREAD), seeds: int = 3) -> Stu
                 "q_vs_p": {"arms": ["q_single", "p_single"]},
                 "inversion_steps": families,
                 "controls": controls,
+                "over_optimisation": {"trained": "pickscore", "held_out": ["hps"]},
+                "to_target": {"arm": "diffusion_dpo"},
                 "grids": {"prompts": 4, "arms": ["base", "diffusion_dpo", "inversion_dpo_implied"]},
             },
             "claims": str(Path(__file__).resolve().parents[2] / "config" / "claims.yaml"),

@@ -46,12 +46,6 @@ def test_decide(low: float, high: float, threshold: float, direction: str, seeds
     assert claims.decide(low, high, threshold, direction, seeds) == verdict
 
 
-def test_crossing_interpolates_takes_the_first_and_may_never_happen() -> None:
-    curve = np.array([[0.0, 0.0, 0.0], [1.0, 4.0, 1.0], [2.0, 0.0, 1.5], [4.0, 4.0, 1.0]])
-    cost = np.array([0.0, 10.0, 20.0, 40.0])
-    assert claims.crossing(curve, cost, np.array([3.0, 2.0, 9.0])).tolist() == [30.0, 5.0, np.inf]
-
-
 def rows(study) -> dict[tuple[str, str], claims.Verdict]:
     found = claims.judge_all(load_evidence(study), claims.load_claims(CLAIMS))
     return {(row.id, row.variant): row for row in found}

@@ -14,8 +14,8 @@ import pytest
 from invdpo import cli
 from invdpo.errors import InvdpoError
 from invdpo.evidence.benchmarks import collect
+from invdpo.evidence.compositional import benchmark_table, mean_of_means
 from invdpo.evidence.statistics import mean_interval
-from invdpo.evidence.tables import benchmark_table, mean_of_means
 from invdpo.scorers.composition import (
     TASKS,
     Row,

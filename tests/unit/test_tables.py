@@ -14,7 +14,7 @@ from evidence_fixture import SPREAD, make_config, make_study
 
 from invdpo.config import DistributionConfig, StudyConfig
 from invdpo.errors import InvdpoError
-from invdpo.evidence import figures, publish, tables
+from invdpo.evidence import figures, printing, publish, tables
 from invdpo.evidence.load import arm_title, load_evidence, load_scores
 from invdpo.evidence.statistics import Interval
 
@@ -204,7 +204,7 @@ def test_seconds_and_memory_are_in_no_table() -> None:
 
 
 def test_tex_is_balanced_and_escaped() -> None:
-    assert tables.escape_tex(r"a_b & 5% {x} \y ~^$#<") == (
+    assert printing.escape_tex(r"a_b & 5% {x} \y ~^$#<") == (
         r"a\_b \& 5\% \{x\} \textbackslash{}y \textasciitilde{}\textasciicircum{}\$\#\textless{}"
     )
     study = make_study()
@@ -233,7 +233,7 @@ def test_tex_is_balanced_and_escaped() -> None:
     ],
 )
 def test_intervals_in_print(interval: Interval, sign: bool, text: str) -> None:
-    assert tables.format_interval(interval, sign) == text
+    assert printing.format_interval(interval, sign) == text
 
 
 def test_incomplete_scores_are_refused() -> None:

@@ -113,7 +113,7 @@ def test_a_study_without_experiments_has_no_rule_for_them(tmp_path: Path) -> Non
     config.write_text(text[:start] + text[end:])
     planned = jobs(snakemake(folder, "--configfile", "config/smoke.yaml", "--dry-run"))
     assert planned["tables"] == planned["claims"] == 1
-    assert {"inversion_error", "precision", "audit", "present"}.isdisjoint(planned)
+    assert {"inversion_error", "precision", "audit", "preference_accuracy", "present"}.isdisjoint(planned)
     text = snakemake(folder, "results/smoke/tables/audit.csv", "--configfile", "config/smoke.yaml", "-n", check=False)
     assert "MissingRuleException" in text
 
@@ -121,7 +121,8 @@ def test_a_study_without_experiments_has_no_rule_for_them(tmp_path: Path) -> Non
 def test_verdicts_wait_for_the_experiments_they_rest_on(tmp_path: Path) -> None:
     folder = copy_tree(tmp_path / "tree")
     planned = jobs(snakemake(folder, "results/smoke/claims.json", "--configfile", "config/smoke.yaml", "--dry-run"))
-    assert planned["precision"] == planned["audit"] == 1 and "inversion_error" not in planned
+    assert planned["precision"] == planned["audit"] == 1
+    assert {"inversion_error", "preference_accuracy"}.isdisjoint(planned)
 
 
 def test_default_study_is_shapes_and_small_enough(tmp_path: Path) -> None:
@@ -210,7 +211,8 @@ def test_smoke_runs_and_says_where_the_results_are(copies: tuple[Path, Path]) ->
     folder = copies[0]
     output = (folder / "output.txt").read_text()
     files = ["tables/table1.csv", "figures/fig3.pdf", "claims.json", "mlflow.db", "distribution.csv"]
-    files += [f"tables/{name}.md" for name in ("inversion_error", "precision", "audit")]
+    files += [f"tables/{name}.md" for name in ("inversion_error", "precision", "audit", "preference_accuracy")]
+    files += [f"tables/{name}.csv" for name in ("table2", "win_rates", "over_optimisation", "to_target")]
     files += ["user_study/key.json", "user_study/bundle/manifest.json"]
     files += [f"figures/{name}.png" for name in ("inversion_error", "inversion_pictures", "precision", "audit")]
     for name in files:
@@ -278,7 +280,7 @@ def test_edits_rerun_what_they_touch_and_no_more(copies: tuple[Path, Path]) -> N
     config.write_text(text.replace("seed: 2025", "seed: 7"))
     again = jobs(snakemake(folder, *dry))
     assert "train" not in again and again["evaluate"] == everything["evaluate"]
-    assert again["audit"] == 1 and {"inversion_error", "precision"}.isdisjoint(again)
+    assert again["audit"] == 1 and {"inversion_error", "precision", "preference_accuracy"}.isdisjoint(again)
 
     config.write_text(text.replace("latents: 4", "latents: 5"))
     assert jobs(snakemake(folder, *dry)) == {"inversion_error": 1, "present": 1, "all": 1}

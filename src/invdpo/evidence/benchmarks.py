@@ -10,7 +10,8 @@ from pathlib import Path
 import pandas as pd
 
 from invdpo.errors import InvdpoError
-from invdpo.evidence.tables import benchmark_table, write_table
+from invdpo.evidence.compositional import benchmark_table
+from invdpo.evidence.printing import write_table
 from invdpo.files import replace_when_done
 from invdpo.prompts import read_prompts
 from invdpo.scorers.composition import TITLES, Row, prompt_scores, read_compbench, read_dpg, read_geneval

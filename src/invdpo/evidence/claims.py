@@ -21,9 +21,18 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 from scipy.stats import rankdata
 
 from invdpo.errors import InvdpoError
-from invdpo.evidence.load import Evidence, arm_title, baseline_arm, load_evidence, scorer_title, step_families
-from invdpo.evidence.statistics import DRAWS, LEVEL, SEED, bootstrap_means, holm, mean_interval, p_value, settling_size
-from invdpo.evidence.tables import write_text
+from invdpo.evidence.load import Evidence, arm_title, load_evidence, scorer_title, step_families
+from invdpo.evidence.printing import write_text
+from invdpo.evidence.statistics import (
+    DRAWS,
+    LEVEL,
+    SEED,
+    cost_to_target,
+    holm,
+    mean_interval,
+    p_value,
+    settling_size,
+)
 from invdpo.files import write_json
 
 if TYPE_CHECKING:
@@ -161,20 +170,6 @@ def decide(low: float, high: float, threshold: float, direction: str, seeds: int
     return NOT_SUPPORTED if high <= threshold else INCONCLUSIVE
 
 
-def crossing(curve: np.ndarray, cost: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """Cost at which a curve first reaches its target, by linear interpolation between checkpoints; inf if never.
-
-    curve: (T, R) scores of R resamples at T checkpoints, the first at cost 0. cost: (T,) ascending. target: (R,).
-    """
-    reached = np.full(target.shape, np.inf)
-    for k in range(len(cost) - 1, 0, -1):
-        before, after = curve[k - 1], curve[k]
-        hit = (after >= target) & (before < target)
-        share = (target - before) / np.where(after == before, 1.0, after - before)
-        reached = np.where(hit, cost[k - 1] + share * (cost[k] - cost[k - 1]), reached)
-    return np.where(curve[0] >= target, 0.0, reached)
-
-
 def judge(evidence: Evidence, claim: Claim, variant: str = "") -> Verdict:
     """Apply one claim's test to one variant."""
     test = claim.test.model_copy(update={"arms": [arm.format(variant=variant) for arm in claim.test.arms]})
@@ -265,76 +260,44 @@ def _settle_text(size: tuple[int, int] | None, shape: tuple[int, ...], unit: str
     return "the observed effect is too small to settle with 1,000 times the data"
 
 
-def _with_base(evidence: Evidence, arm: str, metric: str) -> np.ndarray | None:
-    """(1 + checkpoints, seeds, prompts): the base model's scores, then those of every checkpoint of `arm`."""
-    base = baseline_arm(evidence.study)
-    if base is None or not evidence.has(base, metric):
-        return None
-    curve, start = evidence.paired_curves(arm, base, metric)
-    return np.concatenate([start[-1:], curve])
-
-
 def _judge_speed(evidence: Evidence, test: Test, metric: str, row: Verdict) -> Verdict:
     fast, slow = test.arms
-    found = [curve for arm in test.arms if (curve := _with_base(evidence, arm, metric)) is not None]
-    if len(found) < 2:
+    if any(evidence.from_base(arm, metric) is None for arm in test.arms):
         return replace(row, reason="the base model has not been scored")
-    costs = []
-    for arm in test.arms:
-        steps = evidence.scores[arm].steps
-        spent = {step: float(step) for step in steps} if test.axis == "step" else evidence.cost(arm, "unet_evals")
-        costs.append(np.array([0.0, *[spent.get(step, np.nan) for step in steps]]))
+    costs = [evidence.costs_from_base(arm, test.axis) for arm in test.arms]
     if not all(np.isfinite(cost).all() for cost in costs):
         return replace(row, reason="the training log lacks the checkpoints' UNet evaluations")
-    common = sorted(set(evidence.scores[fast].seeds) & set(evidence.scores[slow].seeds))
-    if not common:
+    curves = evidence.paired_from_base(fast, slow, metric)
+    if curves is None:
         return replace(row, reason=f"{fast} and {slow} share no training seed")
-    curves = [
-        curve[:, [evidence.scores[arm].seeds.index(seed) for seed in common]]
-        for arm, curve in zip(test.arms, found, strict=True)
-    ]
-
-    def ratio(fast_curve: np.ndarray, slow_curve: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        target = slow_curve[-1]
-        slow_cost = crossing(slow_curve, costs[1], target)
-        fast_cost = crossing(fast_curve, costs[0], target)
-        never = ~np.isfinite(fast_cost)
-        # A run that ended below the target bounds its ratio from above by the cost at which it ended.
-        least = np.where(never, 0.0, slow_cost / np.where(never | (fast_cost == 0), 1.0, fast_cost))
-        most = np.where(never, slow_cost / costs[0][-1], least)
-        gained = target > slow_curve[0]
-        return np.where(gained, least, 0.0), np.where(gained, most, np.inf)
-
-    means = [curve.mean(axis=(1, 2))[:, None] for curve in curves]
-    seeds, prompts = len(common), curves[0].shape[2]
+    seeds, prompts = curves[0].shape[1:]
     row = replace(row, seeds=seeds, prompts=prompts)
-    if means[1][-1, 0] <= means[1][0, 0]:
+    found = cost_to_target(curves[0], costs[0], curves[1], costs[1])
+    if found.ratio is None:
         return replace(row, verdict=INCONCLUSIVE, reason=f"{slow} does not end above the base model")
-    value = float(ratio(*means)[0][0])
-    least, most = ratio(bootstrap_means(curves[0]), bootstrap_means(curves[1]))
-    low = float(np.quantile(least, (1 - LEVEL) / 2, method="lower"))
-    high = float(np.quantile(most, (1 + LEVEL) / 2, method="higher"))
     reasons = [_one_seed(seeds)]
     pairs = [evidence.cost(arm, "pairs_seen").get(evidence.scores[arm].steps[-1], 0) for arm in test.arms]
     a_step = [count / evidence.scores[arm].steps[-1] for count, arm in zip(pairs, test.arms, strict=True)]
     if test.axis == "step" and a_step[0] != a_step[1]:
         reasons.append(f"a step of {fast} sees {a_step[0]:g} pairs, one of {slow} {a_step[1]:g}")
-    if value == 0:
+    if found.ratio == 0:
         reasons.append(f"{fast} does not reach the final score of {slow} within its run")
-    if not np.isfinite(high):
-        reasons.append(f"in some resamples {slow} does not end above the base model")
+    if found.never:
+        reasons.append(f"never reached in {found.never:.2%} of the resamples")
+    if found.untargeted:
+        reasons.append(f"in {found.untargeted:.2%} of the resamples {slow} does not end above the base model")
     return replace(
         row,
-        value=value,
-        low=low,
-        high=high if np.isfinite(high) else None,
-        verdict=decide(low, high, test.threshold, test.direction, seeds),
+        value=found.ratio,
+        low=found.low,
+        high=found.high if np.isfinite(found.high) else None,
+        verdict=decide(found.low, found.high, test.threshold, test.direction, seeds),
         reason="; ".join(reason for reason in reasons if reason),
     )
 
 
 def _judge_rise(evidence: Evidence, test: Test, metric: str, row: Verdict) -> Verdict:
-    curve = _with_base(evidence, test.arms[0], metric)
+    curve = evidence.from_base(test.arms[0], metric)
     if curve is None:
         return replace(row, reason="the base model has not been scored")
     increments = np.diff(curve, axis=0)

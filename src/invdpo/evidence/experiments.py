@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 import textwrap
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from invdpo.errors import InvdpoError
+from invdpo.evidence.comparisons import LEADERS_NOTE, marked, ranked
 from invdpo.evidence.figures import (
     BLACK,
     BLUE,
@@ -30,8 +32,8 @@ from invdpo.evidence.figures import (
     whisker,
 )
 from invdpo.evidence.load import RESCALED, SCORERS, arm_title, scorer_title
+from invdpo.evidence.printing import Block, Table, format_interval, record_of, triple, write_table
 from invdpo.evidence.statistics import Interval, mean_interval
-from invdpo.evidence.tables import Block, Table, format_interval, record_of, triple, write_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -260,6 +262,54 @@ def audit_table(study: StudyConfig) -> Table:
         "over pairs alone.",
     ]
     return Table("Gradient audit", notes, records, columns, [Block("Gradients", head, rows)])
+
+
+def preference_accuracy_table(study: StudyConfig) -> Table:
+    """How often each score agrees with held-out votes."""
+    return accuracy_table(
+        _read(study, "preference_accuracy", "accuracy.csv"), _read(study, "preference_accuracy", "votes.csv")
+    )
+
+
+def accuracy_table(accuracy: pd.DataFrame, votes: pd.DataFrame) -> Table:
+    """The table of `accuracy.csv` and `votes.csv`, a row a score."""
+    found = {row["scorer"]: row for row in accuracy.to_dict("records")}
+    names = [name for name in SCORERS if name in found] + sorted(set(found) - set(SCORERS))
+    place = ranked({"accuracy": {name: found[name]["accuracy"] for name in names}}, _agreement_gaps(votes, names))
+    columns = ["scorer", *triple("accuracy"), "standing", *triple("decided"), "threshold", "scale"]
+    columns += ["votes", "ties", "predicted_ties", "prompts", "validation_votes"]
+    records, rows = [], []
+    for name in names:
+        row, standing = found[name], place.get(("accuracy", name), "")
+        whole = _known(row["accuracy"], row["low"], row["high"])
+        decided = _known(*(row.get(key, math.nan) for key in ("decided", "decided_low", "decided_high")))
+        record = {key: row[key] for key in ("scorer", *columns[8:])} | {"standing": standing}
+        records.append(record | record_of("accuracy", whole) | record_of("decided", decided))
+        cells = [marked(_text(whole), standing), _text(decided), f"{row['threshold']:g}", f"{row['scale']:.3g}"]
+        counts = [f"{row['votes']:,}", f"{row['ties']:,}", f"{row['predicted_ties']:,}"]
+        rows.append([scorer_title(name), *cells, *counts])
+    notes = [
+        "95 % intervals: BCa over prompts (9,999 draws), each with all its votes.",
+        "A score predicts the image with the higher probability, or a tie where the two differ by at most the "
+        "threshold (0, 0.1, …, 1: the best on the validation votes, whose prompts are others). Agreement with the vote "
+        "counts 1, a tie on exactly one side one half. Probability: softmax of scale times the score; the scale is "
+        "given, or fitted to the validation votes. Decided: share of votes with a winner whose winner scores higher.",
+        LEADERS_NOTE,
+    ]
+    head = ["Score", "Accuracy", "Decided pairs", "Threshold", "Scale", "Votes", "Ties", "Ties predicted"]
+    blocks = [Block("Agreement with held-out votes", head, rows)]
+    return Table("Preference accuracy", notes, records, columns, blocks)
+
+
+def _agreement_gaps(votes: pd.DataFrame, names: list[str]) -> dict[tuple[str, frozenset[str]], np.ndarray]:
+    """(1, prompts) differences between every two scores' agreement, on the votes that both judge."""
+    test = votes.loc[votes["split"] == "test"]
+    gaps = {}
+    for pair in combinations(names, 2):
+        gap = test[f"{pair[0]}_agrees"] - test[f"{pair[1]}_agrees"]
+        by_prompt = gap.groupby(test["prompt"]).mean().dropna()
+        gaps["accuracy", frozenset(pair)] = by_prompt.to_numpy(np.float64)[None]
+    return gaps
 
 
 def _policy_title(policy: str) -> str:
@@ -556,4 +606,5 @@ EVIDENCE = {
     ),
     "precision": (precision_table, {"precision": precision_figure}),
     "audit": (audit_table, {"audit": audit_figure}),
+    "preference_accuracy": (preference_accuracy_table, {}),
 }

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +68,17 @@ INCOMPLETE = (
     "is missing or not finite for some checkpoint, seed or prompt. "
     "Evaluate every seed of the arm with the same study file."
 )
+
+PAPER_NOTE = (
+    "The paper's values belong to another model, another prompt set (not stated) and other scorers: compare signs and "
+    "order, never the numbers themselves."
+)
+
+
+def published() -> list[dict[str, str]]:
+    """The rows of published.csv: numbers printed in the paper, with their place in it."""
+    text = resources.files("invdpo.evidence").joinpath("published.csv").read_text(encoding="utf-8")
+    return list(csv.DictReader(io.StringIO(text)))
 
 
 def scorer_title(name: str) -> str:
@@ -262,6 +276,35 @@ class Evidence:
             elif values:
                 found[step] = float(np.mean(values))
         return found
+
+    def from_base(self, arm: str, scorer: str) -> np.ndarray | None:
+        """(1 + checkpoints, seeds, prompts): the base model's scores, then those of every checkpoint of `arm`.
+
+        None if the study has no base model or that scorer has not scored it.
+        """
+        base = baseline_arm(self.study)
+        if base is None or not self.has(base, scorer):
+            return None
+        curve, start = self.paired_curves(arm, base, scorer)
+        return np.concatenate([start[-1:], curve])
+
+    def paired_from_base(self, arm: str, other: str, scorer: str) -> tuple[np.ndarray, np.ndarray] | None:
+        """The curves of two trained arms from the base on the seeds that both have; None if either has none."""
+        curves = [self.from_base(name, scorer) for name in (arm, other)]
+        seeds = [self.scores[name].seeds for name in (arm, other)]
+        common = [seed for seed in seeds[0] if seed in seeds[1]]
+        if curves[0] is None or curves[1] is None or not common:
+            return None
+        first, second = ([own.index(seed) for seed in common] for own in seeds)
+        return curves[0][:, first], curves[1][:, second]
+
+    def costs_from_base(self, arm: str, axis: str) -> np.ndarray:
+        """(1 + checkpoints,): `step`, or a cumulative column of the training log, at what `from_base` gives; nan if
+        the log lacks it.
+        """
+        steps = self.scores[arm].steps
+        spent = {step: float(step) for step in steps} if axis == "step" else self.cost(arm, axis)
+        return np.array([0.0, *[spent.get(step, np.nan) for step in steps]])
 
 
 def baseline_arm(study: StudyConfig) -> str | None:

@@ -11,7 +11,7 @@ import pandas as pd
 from invdpo.errors import InvdpoError
 from invdpo.evidence.claims import read_verdicts, summary
 from invdpo.evidence.load import load_run
-from invdpo.evidence.tables import write_text
+from invdpo.evidence.printing import write_text
 from invdpo.files import replace_when_done, write_json
 from invdpo.provenance import sha256_file
 
@@ -22,8 +22,10 @@ BEGIN, END = "<!-- verdicts:begin -->", "<!-- verdicts:end -->"
 MAX_SCORES_BYTES = 5_000_000
 # Tables and figures that every study writes -> what they show of it.
 SHOWN_FOR = {
-    **dict.fromkeys(("table1", "composition", "fig3", "fig_s7", "fig_s8", "fig_oracle"), "comparison"),
+    **dict.fromkeys(("table1", "composition", "win_rates", "fig3", "fig_s7", "fig_s8", "fig_oracle"), "comparison"),
     "table2": "distribution",
+    "over_optimisation": "over_optimisation",
+    "to_target": "to_target",
     "table3": "inversion_steps",
     "inversion_steps": "inversion_steps",
     "table_s5": "q_vs_p",

@@ -28,11 +28,18 @@ from invdpo.evaluate import checkpoints_of
 from invdpo.experiments.audit import Drawing, Noise, audit, cosine, decoder, pickscore, reward_gradient, summary
 from invdpo.experiments.inversion_error import inversion_errors, side_by_side
 from invdpo.experiments.precision import Pairs, agreement, log_ratios, true_log_prob
+from invdpo.experiments.preference_accuracy import (
+    accuracies,
+    agreement_with_votes,
+    halves_by_prompt,
+    probability_difference,
+    score_votes,
+)
 from invdpo.files import replace_when_done, write_json
 from invdpo.objectives import Recipe, load_recipe
 from invdpo.preferences.cache import ENCODED_AT_ONCE, PreferenceCache, load_cache, pick_scores, square
 from invdpo.preferences.labels import strengths
-from invdpo.preferences.reader import Counts, Pair, check_columns, find_files, read_pairs
+from invdpo.preferences.reader import Counts, Pair, check_columns, find_files, read_pairs, read_votes
 from invdpo.prompts import read_prompts
 from invdpo.provenance import stamp
 from invdpo.sampling import decode, prompt_generator
@@ -43,7 +50,14 @@ from invdpo.training.data import draw, pair_order
 from invdpo.types import Conditioning, select
 
 if TYPE_CHECKING:
-    from invdpo.config import AuditConfig, InversionErrorConfig, PrecisionConfig, StudyConfig
+    from invdpo.config import (
+        AuditConfig,
+        InversionErrorConfig,
+        PrecisionConfig,
+        PreferenceAccuracyConfig,
+        StudyConfig,
+    )
+    from invdpo.scorers import Scorer
     from invdpo.scorers.pickscore import PickScore
 
 SHOWN_LEVELS = 6  # of a trajectory, x_0 and x_T included
@@ -93,8 +107,9 @@ def run(study: StudyConfig, name: str, device: torch.device) -> Path:
 
     inversion_error: errors.csv (a row a setting and latent), levels.csv, pictures.parquet. precision: latents.csv,
     agreement.csv. audit: gradients.csv (a row a setting and batch), summary.csv,
-    rewards.csv (a row a policy). Raises InvdpoError for an experiment
-    that the study has not, too few held-out pairs, missing runs, and as the experiment itself does.
+    rewards.csv (a row a policy). preference_accuracy: votes.csv (a row a vote), accuracy.csv (a row a score). Raises
+    InvdpoError for an experiment that the study has not, too few held-out pairs, missing runs, and as the experiment
+    itself does.
     """
     if name not in study.experiments.measured:
         has = ", ".join(study.experiments.measured) or "none"
@@ -368,4 +383,69 @@ def _drawing(study: StudyConfig, count: int, device: torch.device) -> Drawing:
     )
 
 
-EXPERIMENTS = {"inversion_error": _inversion_error, "precision": _precision, "audit": _audit}
+def measure_votes(
+    study: StudyConfig, settings: PreferenceAccuracyConfig, device: torch.device
+) -> tuple[Files, dict[str, Any]]:
+    """The study's scores of held-out votes and how often each agrees with them.
+
+    votes.csv: row, prompt (a number for each distinct caption: a caption is a user's text, and these files are
+    published), split, label_0 and, of every score, NAME_0, NAME_1 and, for votes of the test split, NAME_agrees.
+    accuracy.csv: a row a score. InvdpoError where votes are missing or too many of them cannot be decoded.
+    """
+    source = settings.votes or study.experiments.held_out
+    if source is None:
+        raise InvdpoError("No votes to measure on: set `experiments.preference_accuracy.votes`, or give --votes.")
+    scorers = build_scorers(study.scorers, device)
+    votes = _scored_votes(study, source, scorers)
+    if settings.validation is None:
+        half = halves_by_prompt(votes["caption"].astype(str).tolist())
+        votes["split"] = np.where(half, "validation", "test")
+    else:
+        chosen_on = _scored_votes(study, settings.validation, scorers)
+        votes = pd.concat([chosen_on.assign(split="validation"), votes.assign(split="test")], ignore_index=True)
+    found, rows = accuracies(votes, settings.scales), []
+    for name, result in found.items():
+        scores = votes[[f"{name}_0", f"{name}_1"]].to_numpy(np.float64)
+        agreed = agreement_with_votes(
+            probability_difference(scores, result.scale), votes["label_0"].to_numpy(np.float64), result.threshold
+        )
+        test = (votes["split"] == "test").to_numpy() & np.isfinite(scores).all(axis=1)
+        votes[f"{name}_agrees"] = np.where(test, agreed, np.nan)
+        row = {"scorer": name, "accuracy": result.interval.estimate, "low": result.interval.low}
+        row |= {"high": result.interval.high, "prompts": result.interval.prompts, "votes": result.votes}
+        row |= {"ties": result.ties, "predicted_ties": result.predicted_ties, "threshold": result.threshold}
+        row |= {"scale": result.scale, "validation_votes": result.validation}
+        if result.decided is not None:
+            decided = result.decided
+            row |= {"decided": decided.estimate, "decided_low": decided.low, "decided_high": decided.high}
+        rows.append(row)
+    votes.insert(1, "prompt", pd.factorize(votes["caption"])[0])
+    files = {"votes.csv": votes.drop(columns="caption"), "accuracy.csv": pd.DataFrame(rows)}
+    return files, {"votes": source, "scorer_versions": [scorer.version for scorer in scorers]}
+
+
+def _scored_votes(study: StudyConfig, source: str, scorers: list[Scorer]) -> pd.DataFrame:
+    """Every vote of a file, folder or data set with the scores of both images."""
+    files, counts = find_files(source), Counts()
+    check_columns(files)
+    votes = score_votes(tqdm(read_votes(files, counts), unit="vote", desc="preference accuracy"), scorers)
+    if counts.undecodable > study.training.max_undecodable * counts.rows:
+        raise InvdpoError(
+            f"{source}: {counts.undecodable} of {counts.rows} votes have an image that cannot be decoded, the first in "
+            f"row {counts.undecodable_rows[0]}. Repair the file, or raise `training.max_undecodable`."
+        )
+    return votes
+
+
+def _preference_accuracy(
+    study: StudyConfig, settings: PreferenceAccuracyConfig, device: torch.device, _: Counter
+) -> tuple[Files, dict[str, Any]]:
+    return measure_votes(study, settings, device)
+
+
+EXPERIMENTS = {
+    "inversion_error": _inversion_error,
+    "precision": _precision,
+    "audit": _audit,
+    "preference_accuracy": _preference_accuracy,
+}

@@ -28,6 +28,17 @@ class Pair:
     loser_image: Image.Image
 
 
+@dataclass(frozen=True)
+class Vote:
+    """One row, ties included. label_0: 1 where image 0 won, 0 where image 1 did, 0.5 for a tie."""
+
+    row: int
+    caption: str
+    image_0: Image.Image
+    image_1: Image.Image
+    label_0: float
+
+
 @dataclass
 class Counts:
     """What became of the rows; filled while they are read."""
@@ -106,20 +117,38 @@ def read_pairs(files: list[Path], counts: Counts, batch: int = 256) -> Iterator[
                 images = [_bytes(record["jpg_0"]), _bytes(record["jpg_1"])]
                 if record["label_0"] == 0:
                     images.reverse()
-                try:
-                    decoded = [_decode(image) for image in images]
-                except (
-                    UnidentifiedImageError,
-                    OSError,
-                    SyntaxError,
-                    ValueError,
-                    Image.DecompressionBombError,
-                ):
-                    counts.undecodable += 1
-                    counts.undecodable_rows.append(row)
-                    continue
-                counts.kept += 1
-                yield Pair(row, record["caption"] or "", images[0], images[1], decoded[0], decoded[1])
+                decoded = _both(images, row, counts)
+                if decoded is not None:
+                    yield Pair(row, record["caption"] or "", images[0], images[1], *decoded)
+
+
+def read_votes(files: list[Path], counts: Counts, batch: int = 256) -> Iterator[Vote]:
+    """Every pair in file order, ties included, decoded to RGB; `counts` is filled on the way.
+
+    A label that is neither 0 nor 1 is a tie. A pair with an image that cannot be decoded is left out and counted.
+    """
+    for file in files:
+        for table in pq.ParquetFile(file).iter_batches(batch_size=batch, columns=list(COLUMNS)):
+            for record in table.to_pylist():
+                row = counts.rows
+                counts.rows += 1
+                label = float(record["label_0"]) if record["label_0"] in (0, 1) else 0.5
+                counts.ties += label == 0.5
+                decoded = _both([_bytes(record["jpg_0"]), _bytes(record["jpg_1"])], row, counts)
+                if decoded is not None:
+                    yield Vote(row, record["caption"] or "", *decoded, label)
+
+
+def _both(images: list[bytes], row: int, counts: Counts) -> tuple[Image.Image, Image.Image] | None:
+    """A pair's images, counted as kept; None, counted as undecodable, where either is no image."""
+    try:
+        first, second = (_decode(image) for image in images)
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        counts.undecodable += 1
+        counts.undecodable_rows.append(row)
+        return None
+    counts.kept += 1
+    return first, second
 
 
 def _bytes(value: bytes | dict[str, bytes] | None) -> bytes:
