@@ -1,7 +1,7 @@
 # make reproduce [STUDY=shapes|smoke|…]   install what is missing, run the study, say where the results are
 #                [ARGS="-n --forcerun tables"]  any options of Snakemake
 # make test | lint | bench                tests, checks, speed and memory
-# make mlflow | report [STUDY=…]          open the runs in MLflow, write a browsable report
+# make mlflow | report [STUDY=…]          open the runs in MLflow, write Snakemake's own report
 # make tune [STUDY=shapes]                the same small grid of learning rate and beta for every method
 # make user-study [STUDY=…]               serve the blind study of the images; prints a link to take part with
 # make user-study-analysis [STUDY=…]      export the votes and turn them into Table S4
@@ -36,7 +36,7 @@ mlflow: $(UV)
 	$(RUN) mlflow ui --backend-store-uri sqlite:///results/$(STUDY)/mlflow.db
 
 report: $(UV)
-	$(RUN) snakemake --configfile config/$(STUDY).yaml --report results/$(STUDY)/report.html
+	$(RUN) snakemake --configfile config/$(STUDY).yaml --report results/$(STUDY)/snakemake_report.html
 
 tune: $(UV)
 	$(RUN) snakemake tune $(ARGS) --configfile config/$(STUDY).yaml

@@ -52,6 +52,7 @@ include: "rules/experiments.smk"
 include: "rules/tune.smk"
 include: "rules/assets.smk"
 include: "rules/user_study.smk"
+include: "rules/report.smk"
 
 
 rule all:
@@ -62,6 +63,7 @@ rule all:
         rules.figures.output,
         rules.claims.output if study.claims else [],
         rules.mlflow.output,
+        rules.report.output,
         rules.present.output if STUDIED else [],
         rules.user_study_bundle.output if study.user_study else [],
         rules.user_study_analysis.output if study.user_study and VOTED else [],

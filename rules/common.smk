@@ -9,7 +9,7 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
-from invdpo.config import dump_study, method_path, parse_study, read_yaml
+from invdpo.config import dump_study, method_path, parse_study, read_yaml, tuned_file
 from invdpo.errors import InvdpoError
 from invdpo.places import places
 from invdpo.provenance import code_hash, lock_hash
@@ -22,6 +22,7 @@ except InvdpoError as error:
 SETTINGS = study.model_dump(mode="json")
 TUNING = SETTINGS.get("tuning") or {}
 STUDY = f"{study.root}/study.json"
+GRID = tuned_file(study.study).with_suffix(".csv")  # what every method reached with every value that was tried
 TRAINED = [name for name in study.arms if study.arm(name).trains]
 UNTRAINED = [name for name in study.arms if not study.arm(name).trains]
 
@@ -60,6 +61,7 @@ MODULES = {
     "tables": ("evidence/tables", "evidence/comparisons", "evidence/compositional", "evidence/printing", *READING),
     "figures": ("evidence/figures", *READING),
     "claims": ("evidence/claims", "evidence/printing", *READING),
+    "report": ("evidence/report", "evidence/claims", "evidence/figures", "evidence/printing", *READING),
     "mlflow": ("tracking", *READING),
     "tune": ("tuning", *TRAINING, *EVALUATION),
     "experiments": EXPERIMENTS,

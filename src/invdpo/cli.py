@@ -389,6 +389,16 @@ def claims(study: StudyOption, log_file: LogOption = None) -> None:
 
 
 @app.command()
+def report(study: StudyOption, log_file: LogOption = None) -> None:
+    """Write the report, one HTML page for a browser: root/report.html."""
+    config = _start(study, None, log_file)
+    from invdpo.evidence.report import write
+
+    for path in write(config):
+        log.info(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+
+
+@app.command()
 def mlflow(study: StudyOption, log_file: LogOption = None) -> None:
     """Bring root/mlflow.db in line with the results."""
     config = _start(study, None, log_file)

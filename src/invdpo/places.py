@@ -12,17 +12,19 @@ def places(study: StudyConfig) -> str:
     """A line for every part of the results that there is by now."""
     root, name = study.root, study.study
     parts = {
+        "report.html": "open it in a browser: verdicts, curves, tables, pictures",
         "tables": "csv, md, tex",
         "figures": "pdf, png",
         "claims.md": "the verdicts; claims.json is the same for programs",
         "mlflow.db": f'make mlflow STUDY={name}, then http://127.0.0.1:5000 and "Model training"',
-        "report.html": f"open it in a browser; make report STUDY={name} writes it",
+        "snakemake_report.html": "the graph, run times and code of every job, for a browser",
     }
     lines = [f"  {root / part}: {words}" for part, words in parts.items() if (root / part).exists()]
     if not lines:
         return f"\n{name} has no results yet: make reproduce STUDY={name}"
-    if not (root / "report.html").exists():
-        lines.append(f"  {root / 'report.html'}: make report STUDY={name} writes it; open it in a browser")
+    snakemake = root / "snakemake_report.html"
+    if not snakemake.exists():
+        lines.append(f"  {snakemake}: make report STUDY={name} writes it; Snakemake's own report")
     if saved := _saved(root):
         lines.append(saved)
     return "\n".join([f"\nResults of {name}:", *lines])

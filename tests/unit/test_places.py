@@ -16,9 +16,12 @@ def test_only_what_is_there_is_named(tiny_study: Callable[..., StudyConfig]) -> 
     (study.root / "tables").mkdir(parents=True)
     lines = places(study).splitlines()
     assert lines[1] == "Results of tiny:" and "results/tiny/tables: csv, md, tex" in lines[2]
-    assert len(lines) == 4 and lines[3].startswith("  results/tiny/report.html: make report STUDY=tiny writes it")
+    assert len(lines) == 4 and "snakemake_report.html: make report STUDY=tiny writes it" in lines[3]
+    (study.root / "snakemake_report.html").write_text("")
     (study.root / "report.html").write_text("")
-    assert "open it in a browser" in places(study).splitlines()[3]
+    lines = places(study).splitlines()
+    assert lines[2].startswith("  results/tiny/report.html: open it in a browser") and len(lines) == 5
+    assert lines[4].startswith("  results/tiny/snakemake_report.html: the graph")
 
 
 def test_savings_are_summed_over_the_runs_that_have_them(tiny_study: Callable[..., StudyConfig]) -> None:

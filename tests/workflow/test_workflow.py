@@ -182,6 +182,7 @@ STAGES = {
     "tables": "evidence/tables",
     "figures": "evidence/figures",
     "claims": "evidence/claims",
+    "report": "evidence/report",
     "mlflow": "tracking/__init__",
     "tune": "tuning",
     "experiments": "experiments/stage",
@@ -210,7 +211,7 @@ def test_each_stage_watches_the_code_it_runs(stage: str) -> None:
 def test_smoke_runs_and_says_where_the_results_are(copies: tuple[Path, Path]) -> None:
     folder = copies[0]
     output = (folder / "output.txt").read_text()
-    files = ["tables/table1.csv", "figures/fig3.pdf", "claims.json", "mlflow.db", "distribution.csv"]
+    files = ["tables/table1.csv", "figures/fig3.pdf", "claims.json", "mlflow.db", "distribution.csv", "report.html"]
     files += [f"tables/{name}.md" for name in ("inversion_error", "precision", "audit", "preference_accuracy")]
     files += [f"tables/{name}.csv" for name in ("table2", "win_rates", "over_optimisation", "to_target")]
     files += ["user_study/key.json", "user_study/bundle/manifest.json"]
@@ -225,6 +226,7 @@ def test_smoke_runs_and_says_where_the_results_are(copies: tuple[Path, Path]) ->
         "results/smoke/figures:",
         "make mlflow STUDY=smoke",
         "make report STUDY=smoke",
+        "results/smoke/report.html: open it in a browser",
     ):
         assert words in output
 
@@ -261,10 +263,11 @@ def test_votes_are_analysed_where_there_are_any(copies: tuple[Path, Path]) -> No
         [*app, "simulate", *study, *rates, "--out", str(votes)], cwd=folder, env=environment(folder), check=True
     )
     output = snakemake(folder, "--configfile", "config/smoke.yaml")
-    assert jobs(output) == {"user_study_analysis": 1, "all": 1}
+    assert jobs(output) == {"user_study_analysis": 1, "report": 1, "all": 1}
     assert "66.53 %" in (folder / "results" / "smoke" / "tables" / "table_s4.md").read_text()
     votes.write_text(votes.read_text().splitlines()[0] + "\n")
-    assert "Nothing to be done" in snakemake(folder, "--configfile", "config/smoke.yaml"), "an export without a vote"
+    output = snakemake(folder, "--configfile", "config/smoke.yaml")
+    assert jobs(output) == {"report": 1, "all": 1}, "an export without a vote is not analysed"
     votes.unlink()
 
 
@@ -283,13 +286,13 @@ def test_edits_rerun_what_they_touch_and_no_more(copies: tuple[Path, Path]) -> N
     assert again["audit"] == 1 and {"inversion_error", "precision", "preference_accuracy"}.isdisjoint(again)
 
     config.write_text(text.replace("latents: 4", "latents: 5"))
-    assert jobs(snakemake(folder, *dry)) == {"inversion_error": 1, "present": 1, "all": 1}
+    assert jobs(snakemake(folder, *dry)) == {"inversion_error": 1, "present": 1, "report": 1, "all": 1}
 
     config.write_text(text.replace("kid_subset_size: 8", "kid_subset_size: 9"))
     assert jobs(snakemake(folder, *dry)) == {"distribution": 1, "tables": 1, "all": 1}
 
     config.write_text(text.replace("probes: 2", "probes: 3"))
-    assert jobs(snakemake(folder, *dry)) == {"precision": 1, "claims": 1, "present": 1, "all": 1}
+    assert jobs(snakemake(folder, *dry)) == {"precision": 1, "claims": 1, "present": 1, "report": 1, "all": 1}
     config.write_text(text.replace("min_view_ms: 300", "min_view_ms: 301"))
     assert jobs(snakemake(folder, *dry)) == {"user_study_bundle": 1, "all": 1}
 

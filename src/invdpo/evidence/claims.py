@@ -183,7 +183,7 @@ def judge(evidence: Evidence, claim: Claim, variant: str = "") -> Verdict:
         claim.question,
         test.model_dump(exclude_none=True) | {"metric": metric if test.kind not in ("gradient", "distance") else None},
         claim.paper_value,
-        command=f"uv run snakemake --configfile config/{study.study}.yaml results/{study.study}/claims.json",
+        command=f"uv run snakemake results/{study.study}/claims.json --configfile config/{study.study}.yaml",
     )
     if test.kind == "agreement":
         return _judge_agreement(study, test, row)
@@ -589,7 +589,8 @@ def _round(value: Any) -> Any:
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
-def _ours(row: Verdict) -> str:
+def value_text(row: Verdict) -> str:
+    """This study's value with its interval; a dash where nothing was measured."""
     if row.value is None:
         return "–"
     if row.test["kind"] == "speed" and row.value == 0:
@@ -602,7 +603,7 @@ def _ours(row: Verdict) -> str:
     return f"{text} [{row.low:.3g}, {high}]"
 
 
-def _label(row: Verdict) -> str:
+def measured_text(row: Verdict) -> str:
     """What was measured, in a few words."""
     kind, arms = row.test["kind"], [arm_title(arm) for arm in row.test["arms"]]
     if kind == "gradient":
@@ -633,7 +634,7 @@ def _setting_title(recipe: str, inversion_steps: int | None = None, draws: int |
     return f"{arm_title(recipe)}{steps}" + (f", {draws} draw{'s' if draws > 1 else ''}" if draws else "")
 
 
-def _size(row: Verdict) -> str:
+def size_text(row: Verdict) -> str:
     """How much was measured: seeds and what else."""
     if row.batches:
         return f"{row.batches} batches x {row.pairs} pairs"
@@ -657,7 +658,7 @@ def to_markdown(rows: list[Verdict]) -> str:
         settle = f"; {row.would_settle}{' would settle it' if sized else ''}" if row.would_settle else ""
         paper = (row.paper_value or "–") if first else "″"
         question, locus = (row.question, row.locus) if first else ("″", "″")
-        cells = [question, locus, _label(row), paper, _ours(row), _size(row)]
+        cells = [question, locus, measured_text(row), paper, value_text(row), size_text(row)]
         verdict = f"**{row.verdict}**{note}{settle}"
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in [*cells, verdict]) + " |")
     return "\n".join(lines) + "\n"
@@ -674,7 +675,7 @@ def summary(rows: list[Verdict]) -> str:
         cells = []
         for row in readings:
             name = f"{arm_title(row.variant)}: " if row.variant else ""
-            cells.append(f"{name}**{row.verdict}** ({_ours(row)})")
+            cells.append(f"{name}**{row.verdict}** ({value_text(row)})")
         question = f"{first.question} ({first.locus})"
         line = [question, first.paper_value or "–", "<br>".join(cells)]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |")

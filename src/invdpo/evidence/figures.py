@@ -155,7 +155,7 @@ def _line(study: StudyConfig, arm: str) -> dict[str, Any]:
     return {"color": method_colour(study, arm), "linestyle": styles[rank], "marker": markers[rank]}
 
 
-def _curve_intervals(evidence: Evidence, arm: str, base: str | None, scorer: str) -> list[Interval]:
+def curve_intervals(evidence: Evidence, arm: str, base: str | None, scorer: str) -> list[Interval]:
     """Mean score at every checkpoint. The band is that of the paired gain over the base, drawn around the mean:
 
     how much prompts differ from each other is common to all curves and would only blur the comparison.
@@ -186,7 +186,7 @@ def curves(evidence: Evidence, metric: str) -> Figure:
     has_base = base is not None and evidence.has(base, scorer)
     start = float(evidence.final(base, scorer).mean()) if base and has_base else None
     ends: dict[str, tuple[float, float]] = {}
-    intervals = {arm: _curve_intervals(evidence, arm, base if has_base else None, scorer) for arm in arms}
+    intervals = {arm: curve_intervals(evidence, arm, base if has_base else None, scorer) for arm in arms}
     for panel, column in zip(panels, ("step", "unet_evals", "seconds"), strict=True):
         for arm in arms:
             steps = evidence.scores[arm].steps

@@ -70,7 +70,7 @@ def make_config(scorers: tuple[str, ...] = tuple(SPREAD), seeds: int = 3) -> Stu
                 "to_target": {"arm": "diffusion_dpo"},
                 "grids": {"prompts": 4, "arms": ["base", "diffusion_dpo", "inversion_dpo_implied"]},
             },
-            "claims": str(Path(__file__).resolve().parents[2] / "config" / "claims.yaml"),
+            "claims": str(Path(__file__).resolve().parents[1] / "config" / "claims.yaml"),
         }
     )
 
@@ -121,7 +121,7 @@ def _write_images(study: StudyConfig, arm: str, seed: int, step: int, prompts: i
         pixels[y : y + 18, x : x + 18] = rng.integers(0, 255, size=3)
         buffer = io.BytesIO()
         Image.fromarray(pixels).save(buffer, "PNG")
-        rows.append((arm, seed, step, "test", k, "p", "0", buffer.getvalue()))
+        rows.append((arm, seed, step, "test", k, "p", f"{arm}{seed}{step}{k}", buffer.getvalue()))
     columns = ["method", "seed", "step", "prompt_set", "prompt_id", "prompt", "sha256", "png"]
     path = study.root / "images" / arm / f"seed{seed}.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)
