@@ -549,6 +549,18 @@ def methods(
         temporary.write_text(methods_page(), encoding="utf-8")
 
 
+@app.command()
+def deviations(
+    path: Annotated[Path, typer.Argument(help="Where to write it.")] = Path("docs/deviations.md"),
+) -> None:
+    """Write the page of places where the paper, its released code and this study differ."""
+    from invdpo.evidence.deviations import deviations_page
+    from invdpo.files import replace_when_done
+
+    with replace_when_done(path) as temporary:
+        temporary.write_text(deviations_page(), encoding="utf-8")
+
+
 @app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
     add_help_option=False,
