@@ -13,9 +13,9 @@ import math
 from dataclasses import dataclass
 
 from scipy.optimize import brentq
-from scipy.stats import norm
 
 from invdpo.errors import InvdpoError
+from invdpo.evidence.statistics import independent_votes
 from user_study_app.settings import UserStudyConfig
 
 RESOLUTION = 1e-6  # of a win rate, below which it is one half
@@ -35,12 +35,7 @@ class Plan:
 def decisive_votes(win_rate: float, power: float = 0.8, level: float = 0.05) -> int:
     """Decisive, independent votes that tell `win_rate` from one half with this power, two-sided."""
     _check(win_rate, power, level)
-    return math.ceil(_decisive(win_rate, power, level))
-
-
-def _decisive(win_rate: float, power: float, level: float) -> float:
-    spread = norm.isf(level / 2) * 0.5 + norm.isf(1 - power) * math.sqrt(win_rate * (1 - win_rate))
-    return float((spread / (win_rate - 0.5)) ** 2)
+    return math.ceil(independent_votes(win_rate, power, level))
 
 
 def _check(win_rate: float, power: float, level: float) -> None:
@@ -88,10 +83,10 @@ def detectable(votes: int, tie_rate: float, effect: float, power: float = 0.8, l
     """The smallest win rate above one half that so many votes of one comparison detect; None where none is."""
     effective = votes * (1 - tie_rate) / effect
     top = 1 - RESOLUTION
-    if _decisive(top, power, level) > effective:
+    if independent_votes(top, power, level) > effective:
         return None
     bottom = 0.5 + RESOLUTION
-    return float(brentq(lambda rate: _decisive(rate, power, level) - effective, bottom, top))  # pyright: ignore
+    return float(brentq(lambda rate: independent_votes(rate, power, level) - effective, bottom, top))  # pyright: ignore
 
 
 def of_study(

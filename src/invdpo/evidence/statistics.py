@@ -275,19 +275,27 @@ def needed_seeds(
     return _smallest(enough, 1, MOST)
 
 
-def needed_votes(
-    share: float, power: float = POWER, alpha: float = ALPHA, votes_per_cluster: float = 1, correlation: float = 0
-) -> int:
-    """Decided votes that tell a true share of wins from one half (two-sided), by the normal approximation.
+def independent_votes(share: float, power: float = POWER, alpha: float = ALPHA) -> float:
+    """Independent decided votes that tell a true share of wins from one half (two-sided), by the normal approximation.
 
-    Votes of one rater, or on one pair, resemble one another: with m of them a cluster and the correlation r between
-    two, 1 + (m - 1) r times as many are needed (Kish 1965). Raises ValueError where share is one half or no share.
+    Raises ValueError where share is one half or no share.
     """
     if not 0 < share < 1 or share == 0.5:
         raise ValueError(f"a share to tell from one half lies between 0 and 1 and is not 0.5, got {share}")
     spread = norm.isf(alpha / 2) / 2 + norm.isf(1 - power) * math.sqrt(share * (1 - share))
+    return float((spread / (share - 0.5)) ** 2)
+
+
+def needed_votes(
+    share: float, power: float = POWER, alpha: float = ALPHA, votes_per_cluster: float = 1, correlation: float = 0
+) -> int:
+    """Decided votes that tell a true share of wins from one half (two-sided), as `independent_votes`.
+
+    Votes of one rater, or on one pair, resemble one another: with m of them a cluster and the correlation r between
+    two, 1 + (m - 1) r times as many are needed (Kish 1965). Raises ValueError where share is one half or no share.
+    """
     alike = 1 + (votes_per_cluster - 1) * correlation
-    return math.ceil(alike * (spread / (share - 0.5)) ** 2)
+    return math.ceil(alike * independent_votes(share, power, alpha))
 
 
 def needed_both(
