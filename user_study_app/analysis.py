@@ -23,11 +23,12 @@ from scipy import stats
 
 from invdpo.config import StudyConfig
 from invdpo.errors import InvdpoError
-from invdpo.evidence.load import SCORERS, arm_title, published, scorer_title
+from invdpo.evidence.load import RESCALED, SCORERS, arm_title, published, scorer_title
 from invdpo.evidence.printing import Block, Table, format_interval, record_of, triple, write_table
 from invdpo.evidence.statistics import Interval, holm
 from invdpo.files import write_json
 from invdpo.provenance import stamp
+from invdpo.scorers.composition import TASKS
 from user_study_app.settings import Places
 from user_study_app.statistics import alpha_interval, p_of_half, rater_agreement, robust_interval, share, strengths
 
@@ -87,7 +88,8 @@ def read_votes(path: Path, places: Places) -> tuple[Votes, dict[str, Any]]:
 def join(rows: pd.DataFrame, manifest: dict[str, Any], key: dict[str, Any], arms: dict[str, tuple[str, str]]) -> Votes:
     """Put what the key knows to every vote."""
     images, facts = key["images"], []
-    scorers = {name for image in images.values() for name in image["scores"]}
+    given = {name for image in images.values() for name in image["scores"]}
+    scorers = {name for name in given - RESCALED if name.removeprefix("oracle_") not in TASKS}
     for pair in manifest["pairs"]:
         shown = [images[token] for token in pair["images"]]
         if pair["kind"] == "attention":

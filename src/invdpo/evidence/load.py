@@ -27,6 +27,7 @@ SCORERS = {
     "oracle_entity_iou": "Entity-IoU",
     "oracle_relation_iou": "Relation-IoU",
     "pickscore": "PickScore",
+    "pickscore_scaled": "PickScore, scaled",
     "clip": "CLIP",
     "aesthetic": "Aesthetic",
     "hps": "HPS",

@@ -24,6 +24,7 @@ from invdpo.errors import InvdpoError
 from invdpo.evidence.statistics import SEED, Interval, cluster_interval
 from invdpo.preferences.reader import Vote
 from invdpo.scorers import Scorer
+from invdpo.scorers.composition import TASKS
 
 THRESHOLDS = tuple(step / 10 for step in range(11))
 SCORED_AT_ONCE = 64  # votes, of two images each
@@ -133,7 +134,10 @@ def halves_by_prompt(prompts: Sequence[str]) -> np.ndarray:
 
 
 def score_votes(votes: Iterable[Vote], scorers: Sequence[Scorer]) -> pd.DataFrame:
-    """A row a vote: row, caption, label_0 and, of every score, NAME_0 and NAME_1; nan where a score does not exist."""
+    """A row a vote: row, caption, label_0 and, of every score, NAME_0 and NAME_1; nan where a score does not exist.
+
+    Without the compositional benchmarks' tasks, each of which few captions ask for.
+    """
     rows, left = [], iter(votes)
     while part := list(islice(left, SCORED_AT_ONCE)):
         images = [image for vote in part for image in (vote.image_0, vote.image_1)]
@@ -142,7 +146,8 @@ def score_votes(votes: Iterable[Vote], scorers: Sequence[Scorer]) -> pd.DataFram
         found["label_0"] = [vote.label_0 for vote in part]
         for scorer in scorers:
             for name, values in scorer.score(images, captions).items():
-                found[f"{name}_0"], found[f"{name}_1"] = values[0::2], values[1::2]
+                if name.removeprefix("oracle_") not in TASKS:
+                    found[f"{name}_0"], found[f"{name}_1"] = values[0::2], values[1::2]
         rows.append(found)
     if not rows:
         raise InvdpoError("There is no vote to measure preference accuracy on; name a file with pairs.")
