@@ -8,6 +8,8 @@
 
 STUDY ?= shapes
 UV := $(or $(shell command -v uv),.uv/bin/uv)
+# Half of a job's imports is compiling, where Python may not keep what it compiled (PYTHONDONTWRITEBYTECODE).
+export UV_COMPILE_BYTECODE := 1
 RUN := $(UV) run --frozen --no-dev
 DEV := $(UV) run --frozen
 
