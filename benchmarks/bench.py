@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import subprocess
 import sys
 import time
@@ -23,15 +22,14 @@ import pandas as pd
 import torch
 import typer
 from loops import Models, load, plain_training_step, reference_loop, sdxl_shaped
-from measure import Work, compared, flops, interleaved, matmul_peak, peak_growth
+from measure import Work, compared, flops, interleaved, matmul_peak, peak_growth, write_report
 
 from invdpo import objectives
 from invdpo.config import StudyConfig, parse_study
 from invdpo.device import autocast, resolve_device
 from invdpo.errors import InvdpoError
-from invdpo.files import replace_when_done
 from invdpo.preferences.cache import PreferenceCache
-from invdpo.provenance import device_name, stamp, write_json
+from invdpo.provenance import device_name, stamp
 from invdpo.training.loop import Run, Stepper
 from invdpo.training.optim import build_optimizer
 from invdpo.training.state import Progress
@@ -317,16 +315,10 @@ def main(
         "training_step": training,
         "all_timesteps": found,
     }
-    hardware = f"{device_name(place)} {threads} threads{' sdxl shaped' * sdxl}".lower()
-    out = out or Path("results/benchmarks", "-".join(re.findall("[a-z0-9]+", hardware)) + ".json")
-    write_json(out, report)
-    with replace_when_done(out.with_suffix(".md")) as temporary:
-        temporary.write_text(markdown(report), encoding="utf-8")
     columns = ["what", "N", "competitor", "pairs", "per_second", "ratio", "ratio_low", "ratio_high", "share_of_peak"]
-    with replace_when_done(out.with_suffix(".csv")) as temporary:
-        table = pd.DataFrame(rows(report), columns=[*columns, "peak_mib"])
-        table.to_csv(temporary, index=False, float_format="%.4g", lineterminator="\n")
-    print(f"{markdown(report)}\nwritten to {out}, and as a table to {out.with_suffix('.md')} and .csv")
+    table = pd.DataFrame(rows(report), columns=[*columns, "peak_mib"])
+    hardware = f"{device_name(place)} {threads} threads{' sdxl shaped' * sdxl}"
+    write_report(report, markdown(report), table, hardware, out)
 
 
 if __name__ == "__main__":

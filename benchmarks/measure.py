@@ -1,4 +1,4 @@
-"""Stopwatch, memory gauge and FLOP counter."""
+"""Stopwatch, memory gauge and FLOP counter, and the files of a benchmark."""
 
 from __future__ import annotations
 
@@ -11,9 +11,13 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+
+from invdpo.files import replace_when_done
+from invdpo.provenance import write_json
 
 Work = Callable[[], object]
 
@@ -95,3 +99,15 @@ def peak_growth(work: Work, device: torch.device) -> int | None:
 def _resident(field: str) -> int:
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     return 1024 * int(re.findall(rf"^{field}:\s+(\d+) kB$", status, re.MULTILINE)[0])
+
+
+def write_report(report: dict[str, Any], text: str, table: pd.DataFrame, hardware: str, out: Path | None) -> None:
+    """Write a report as JSON to `out` (default: results/benchmarks/, named after the hardware), its text as markdown
+    and its table as csv beside it, and print the text."""
+    out = out or Path("results/benchmarks", "-".join(re.findall("[a-z0-9]+", hardware.lower())) + ".json")
+    write_json(out, report)
+    with replace_when_done(out.with_suffix(".md")) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    with replace_when_done(out.with_suffix(".csv")) as temporary:
+        table.to_csv(temporary, index=False, float_format="%.4g", lineterminator="\n")
+    print(f"{text}\nwritten to {out}, and as a table to {out.with_suffix('.md')} and .csv")

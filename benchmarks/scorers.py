@@ -11,7 +11,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import re
 import sys
 import tempfile
 import time
@@ -25,16 +24,15 @@ import pandas as pd
 import pyarrow.parquet as pq
 import torch
 import typer
-from measure import Work, compared, interleaved
+from measure import Work, compared, interleaved, write_report
 from PIL import Image
 
 import invdpo.score
 from invdpo.config import ScorersConfig, load_scorers
 from invdpo.device import resolve_device
 from invdpo.errors import InvdpoError
-from invdpo.files import replace_when_done
-from invdpo.provenance import device_name, stamp, write_json
-from invdpo.score import HEAD, Item, open_picture, score_items
+from invdpo.provenance import device_name, stamp
+from invdpo.score import HEAD_NAMES, Item, open_picture, score_items
 from invdpo.scorers import Scorer, build_scorers
 from invdpo.scorers.aesthetic import AestheticScore
 from invdpo.scorers.clip import ClipScore
@@ -72,7 +70,7 @@ def _stored(pictures: Iterator[Image.Image], prompts: Sequence[str], folder: Pat
         path = folder / f"{number}.png"
         picture.convert("RGB").save(path)
         values = ("benchmark", 0, 0, "benchmark", number, prompt)
-        items.append(Item(path.name, path, dict(zip(HEAD, values, strict=True)) | {"image": path.name}))
+        items.append(Item(path.name, path, dict(zip(HEAD_NAMES, values, strict=True)) | {"image": path.name}))
     return items
 
 
@@ -208,21 +206,14 @@ def main(
             cases[case] = {"images": len(items), "speed": speed, "shares": shares(scorers, items, batch)}
     options = {"threads": threads, "workers": workers, "batch": batch, "rounds": rounds}
     report = {**stamp(None, device=place, started=started), "options": options, "cases": cases}
-    hardware = f"scorers {device_name(place)} {threads} threads".lower()
-    out = out or Path("results/benchmarks", "-".join(re.findall("[a-z0-9]+", hardware)) + ".json")
-    write_json(out, report)
-    with replace_when_done(out.with_suffix(".md")) as temporary:
-        temporary.write_text(markdown(report), encoding="utf-8")
-    table = [
+    table = pd.DataFrame(
         {"scorers": case, "images": found["images"], "competitor": name, **values}
         for case, found in cases.items()
         for name, values in found["speed"].items()
-    ]
-    with replace_when_done(out.with_suffix(".csv")) as temporary:
-        frame = pd.DataFrame(table)
-        frame[["ratio_low", "ratio_high"]] = frame.pop("ratio_range").tolist()
-        frame.to_csv(temporary, index=False, float_format="%.4g", lineterminator="\n")
-    print(f"{markdown(report)}\nwritten to {out}, and as a table to {out.with_suffix('.md')} and .csv")
+    )
+    table[["ratio_low", "ratio_high"]] = table.pop("ratio_range").tolist()
+    hardware = f"scorers {device_name(place)} {threads} threads"
+    write_report(report, markdown(report), table, hardware, out)
 
 
 if __name__ == "__main__":

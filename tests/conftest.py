@@ -5,7 +5,8 @@ prompts.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +16,22 @@ import pytest
 from PIL import Image
 
 if TYPE_CHECKING:
+    from playwright.sync_api import Browser
+
     from invdpo.config import StudyConfig
 
 CAPTIONS = ["a red circle", "a blue square left of a red circle", "a green triangle", "two small circles"]
+
+
+class Brightness:
+    """A scorer whose values can be checked by hand; it has no answer for short prompts."""
+
+    version = "brightness:0:none"
+
+    def score(self, images: list[Image.Image], prompts: list[str]) -> dict[str, np.ndarray]:
+        light = np.array([np.asarray(image).mean() for image in images], dtype=np.float32)
+        words = np.array([len(prompt.split()) for prompt in prompts])
+        return {"light": light, "long_only": np.where(words > 3, light, np.nan).astype(np.float32)}
 
 
 def build_tiny_base(folder: Path, seed: int = 0) -> Path:
@@ -214,3 +228,19 @@ def tiny_cache(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, tiny_p
     finally:
         os.chdir(before)
     return folder / "results" / "tiny" / "preferences"
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Browser]:
+    """Debian's Chromium; skips the test where it is not installed."""
+    from playwright.sync_api import sync_playwright
+
+    program = shutil.which("chromium") or shutil.which("chromium-browser")
+    if program is None:
+        pytest.skip("needs Chromium (Debian: apt install chromium)")
+    arguments = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
+    --disable-component-update --disable-sync""".split()
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, args=arguments)
+        yield browser
+        browser.close()

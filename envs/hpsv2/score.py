@@ -12,6 +12,7 @@ import gzip
 import io
 import json
 import sys
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
@@ -19,17 +20,20 @@ import open_clip
 import pyarrow.parquet as pq
 from PIL import Image
 
-# The package imports a name from `turtle` by mistake, which needs Tk.
-sys.modules["turtle"] = ModuleType("turtle")
-sys.modules["turtle"].forward = None
-# Its wheel lacks the vocabulary, which it opens while it is imported; open_clip has the same one.
-VOCABULARY = Path(open_clip.__file__).with_name("bpe_simple_vocab_16e6.txt.gz")
-own_open = gzip.open
-gzip.open = lambda path, *options: own_open(VOCABULARY if Path(path).name == VOCABULARY.name else path, *options)
-from hpsv2 import img_score  # noqa: E402
-from hpsv2.src.open_clip import add_model_config  # noqa: E402
 
-gzip.open = own_open
+def load_package() -> tuple[ModuleType, ModuleType]:
+    """hpsv2.img_score and hpsv2.src.open_clip, which cannot be imported without help."""
+    # The package imports a name from `turtle` by mistake, which needs Tk.
+    sys.modules["turtle"] = ModuleType("turtle")
+    sys.modules["turtle"].forward = None
+    # Its wheel lacks the vocabulary, which it opens while it is imported; open_clip has the same one.
+    vocabulary = Path(open_clip.__file__).with_name("bpe_simple_vocab_16e6.txt.gz")
+    own_open = gzip.open
+    gzip.open = lambda path, *options: own_open(vocabulary if Path(path).name == vocabulary.name else path, *options)
+    try:
+        return import_module("hpsv2.img_score"), import_module("hpsv2.src.open_clip")
+    finally:
+        gzip.open = own_open
 
 
 def main() -> None:
@@ -39,8 +43,9 @@ def main() -> None:
     parser.add_argument("--checkpoint", required=True)
     parser.add_argument("--config", type=Path, help="JSON of another architecture than ViT-H-14")
     options = parser.parse_args()
+    img_score, package_open_clip = load_package()
     if options.config:
-        add_model_config(options.config)
+        package_open_clip.add_model_config(options.config)
     # As img_score.initialize_model() does it, without LAION's weights, which the checkpoint replaces anyway.
     model, _, preprocess = img_score.create_model_and_transforms(
         options.config.stem if options.config else "ViT-H-14",

@@ -15,19 +15,16 @@ import os
 import sys
 from importlib import metadata
 from types import ModuleType
+from typing import Any
+
+import pyarrow.parquet as pq
+import torch
+from huggingface_hub import hf_hub_download
+from PIL import Image
 
 # Answers only may go to standard output, and the package prints.
 ANSWERS = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)
-# The package imports OpenAI's clip, which it does not name as a requirement and which no score of ours needs.
-sys.modules["clip"] = ModuleType("clip")
-
-import pyarrow.parquet as pq  # noqa: E402
-import torch  # noqa: E402
-from huggingface_hub import hf_hub_download  # noqa: E402
-from ImageReward.ImageReward import ImageReward  # noqa: E402
-from PIL import Image  # noqa: E402
-
 HUB = "THUDM/ImageReward"
 
 
@@ -48,8 +45,12 @@ def main() -> None:
         answer({"scores": score(model, pq.read_table(path, columns=["png", "prompt"]).to_pylist())})
 
 
-def load(checkpoint: str, med_config: str, device: str) -> ImageReward:
+def load(checkpoint: str, med_config: str, device: str) -> Any:
     """The model. The package's own load() takes a file without the weights for a model and goes on with random ones."""
+    # The package imports OpenAI's clip, which it does not name as a requirement and which no score of ours needs.
+    sys.modules["clip"] = ModuleType("clip")
+    from ImageReward.ImageReward import ImageReward
+
     model = ImageReward(med_config=med_config, device=device)
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)
     if missing := sorted({name for name, _ in model.named_parameters()} - set(state)):
@@ -59,7 +60,7 @@ def load(checkpoint: str, med_config: str, device: str) -> ImageReward:
 
 
 @torch.no_grad()
-def score(model: ImageReward, rows: list[dict]) -> list[float]:
+def score(model: Any, rows: list[dict]) -> list[float]:
     """One image and prompt at a time, as the package does."""
     return [model.score(row["prompt"], Image.open(io.BytesIO(row["png"])).convert("RGB")) for row in rows]
 

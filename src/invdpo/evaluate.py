@@ -25,24 +25,13 @@ from invdpo.provenance import stamp
 from invdpo.sampling import decode, prompt_generator, sample, unet_evaluations
 from invdpo.scorers import build_scorers
 from invdpo.scorers.pictures import Pictures
-from invdpo.scorers.rows import SCORES, picture_hash, score_rows, write_parquet
+from invdpo.scorers.rows import HEAD, SCORES, picture_hash, score_rows, write_parquet
 from invdpo.types import Conditioning, EpsModel
 
 if TYPE_CHECKING:
     from invdpo.config import ArmConfig, StudyConfig
 
-IMAGES = pa.schema(
-    {
-        "method": pa.string(),
-        "seed": pa.int64(),
-        "step": pa.int64(),
-        "prompt_set": pa.string(),
-        "prompt_id": pa.int64(),
-        "prompt": pa.string(),
-        "sha256": pa.string(),
-        "png": pa.binary(),
-    }
-)
+IMAGES = pa.schema([*HEAD, ("sha256", pa.string()), ("png", pa.binary())])
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from invdpo.prompts import read_named_prompts, read_prompt_lines, some
 from invdpo.provenance import stamp
 from invdpo.scorers import Preprocesses, ReadsPrompts, Scorer, build_scorers
 from invdpo.scorers.pictures import Pictures, Preprocessing, prepare
-from invdpo.scorers.rows import SCORES, picture_hash, score_rows, write_parquet
+from invdpo.scorers.rows import HEAD, SCORES, picture_hash, score_rows, write_parquet
 
 if TYPE_CHECKING:
     from invdpo.config import ScorersConfig
@@ -37,7 +37,7 @@ log = logging.getLogger("invdpo")
 
 # `image` says which one a row is about, where it was a file.
 ROWS = SCORES.append(pa.field("image", pa.string()))
-HEAD = ("method", "seed", "step", "prompt_set", "prompt_id", "prompt")
+HEAD_NAMES = tuple(field.name for field in HEAD)
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,7 @@ def _folder(folder: Path, prompts: Path | None, method: str | None) -> list[Item
             numbers[text],
             text,
         )
-        items.append(Item(name, folder / name, dict(zip(HEAD, values, strict=True)) | {"image": name}))
+        items.append(Item(name, folder / name, dict(zip(HEAD_NAMES, values, strict=True)) | {"image": name}))
         seen[text] += 1
     return items
 
@@ -266,13 +266,13 @@ def _stored(path: Path, prompts: Path | None) -> list[Item]:
         table = pq.read_table(path)
     except (OSError, pa.ArrowException) as error:
         raise InvdpoError(f"{path} is neither a folder of images nor a readable parquet of images: {error}") from error
-    if missing := [name for name in (*HEAD, "png") if name not in table.column_names]:
+    if missing := [name for name in (*HEAD_NAMES, "png") if name not in table.column_names]:
         raise InvdpoError(
             f"{path} lacks the columns {', '.join(missing)}; an images parquet of `invdpo evaluate` has them"
         )
     if not table.num_rows:
         raise InvdpoError(f"{path} holds no image")
-    rows = table.select([*HEAD, "png"]).to_pylist()
+    rows = table.select([*HEAD_NAMES, "png"]).to_pylist()
     return [Item(f"row {n}", row.pop("png") or b"", row | {"image": None}) for n, row in enumerate(rows)]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import re
-import shutil
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -12,29 +11,16 @@ import pandas as pd
 import pytest
 from evidence_fixture import make_study
 from PIL import Image
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
 from invdpo.config import StudyConfig
 from invdpo.evidence import claims, report, tables
 from invdpo.evidence.load import load_evidence
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-ARGUMENTS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
---disable-component-update --disable-sync""".split()
 PATIENCE = 60_000  # ms; a busy machine is slow, not wrong
 DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 HOSTILE = "</script><script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">"
 PROMPTS = 12
-
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian: apt install chromium)")
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +46,7 @@ def visit(chromium: Browser, study: StudyConfig) -> Iterator[Callable[..., Page]
     url = (study.root / "report.html").resolve().as_uri()
 
     def new(**options: object) -> Page:
-        context = chromium.new_context(**({"viewport": DESKTOP} | options))  # type: ignore
+        context = chromium.new_context(**({"viewport": DESKTOP} | options))
         contexts.append(context)
         context.set_default_timeout(PATIENCE)
         context.on("request", lambda request: requests.append(request.url))
@@ -141,7 +127,7 @@ def test_curves_change_with_the_axis_the_score_and_the_legend(visit: Callable[..
     for path in paths:
         places = [float(place.split(",")[0]) for place in re.split("[ML]", path or "")[1:]]
         assert places == sorted(set(places)), "from left to right"
-    assert paths[0].count("L") == 3 and paths[1].count("L") == 2, "a log scale has no place for step 0"  # type: ignore
+    assert paths[0].count("L") == 3 and paths[1].count("L") == 2, "a log scale has no place for step 0"
     drawn = page.locator("#plot path.line").count()
     page.locator("#legend input[value=diffusion_dpo]").uncheck()
     expect(line).to_have_count(0)
@@ -245,7 +231,7 @@ def test_tiles_show_the_pictures_of_their_prompt(visit: Callable[..., Page], stu
     tile.scroll_into_view_if_needed()
     assert tile.get_attribute("aria-label") == "SFT, seed 2: a red circle left of a blue square, take 5"
     page.wait_for_timeout(300)  # the sheet is decoded
-    with Image.open(io.BytesIO(tile.screenshot())) as shot, Image.open(io.BytesIO(images.at[5, "png"])) as image:  # type: ignore
+    with Image.open(io.BytesIO(tile.screenshot())) as shot, Image.open(io.BytesIO(images.at[5, "png"])) as image:
         box = (4, 4, shot.width - 4, shot.height - 4)  # without the frame
         seen = np.asarray(shot.convert("RGB").crop(box).resize((48, 48))).astype(float)
         meant = np.asarray(image.convert("RGB").resize(shot.size).crop(box).resize((48, 48))).astype(float)

@@ -14,6 +14,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import Brightness
 from PIL import Image
 
 from invdpo import evaluate as stage
@@ -24,17 +25,6 @@ from invdpo.evaluate import evaluate
 from invdpo.types import Conditioning
 
 CPU = torch.device("cpu")
-
-
-class Brightness:
-    """A scorer whose values can be checked by hand; it has no answer for short prompts."""
-
-    version = "brightness:0:none"
-
-    def score(self, images: list[Image.Image], prompts: list[str]) -> dict[str, np.ndarray]:
-        light = np.array([np.asarray(image).mean() for image in images], dtype=np.float32)
-        words = np.array([len(prompt.split()) for prompt in prompts])
-        return {"light": light, "long_only": np.where(words > 3, light, np.nan).astype(np.float32)}
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import tiny_pairs_frame
+from conftest import Brightness, tiny_pairs_frame
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -55,17 +55,6 @@ AUDIT = {
     "roundings": ["none", "float16"],
 }
 ARMS = {"code": {"method": "inversion_dpo_code", "recipe": {"trajectory": {"steps": 3}}}}
-
-
-class Brightness:
-    """A scorer whose values can be checked by hand; it has none for short prompts."""
-
-    version = "brightness:0:none"
-
-    def score(self, images: list[Image.Image], prompts: list[str]) -> dict[str, np.ndarray]:
-        light = np.array([np.asarray(image).mean() for image in images], dtype=np.float32)
-        words = np.array([len(prompt.split()) for prompt in prompts])
-        return {"light": light, "long_only": np.where(words > 3, light, np.nan).astype(np.float32)}
 
 
 @pytest.fixture

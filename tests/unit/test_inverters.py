@@ -127,7 +127,10 @@ def test_converged_fixed_point_is_undone_by_ddim_sampling(x0):
     converged = fixed_point.solver(calls=30)
     assert float(round_trip_error(gaussian(schedule), x0, None, schedule, 20, converged).max()) < 1e-8
     # Not merely for a model whose every element is on its own.
-    mild = lambda x, t, cond: 0.3 * nonlinear(x, t, cond)  # noqa: E731
+
+    def mild(x, t, cond):
+        return 0.3 * nonlinear(x, t, cond)
+
     assert float(round_trip_error(mild, x0, None, schedule, 20, converged).max()) < 1e-8
 
 

@@ -228,7 +228,7 @@ def test_the_pages_policy_allows_its_own_script_and_style_alone(study: StudyConf
 def test_every_verdict_is_there_with_what_lies_behind_it(study: StudyConfig, parts: Parts) -> None:
     rows = claims.read_verdicts(study.root / "claims.json")
     shown = [a["data-verdict"] for tag, a in parts.tags if tag == "details" and "data-verdict" in a]
-    assert sorted(shown) == sorted(row.verdict for row in rows) and len(set(shown)) == 4  # type: ignore
+    assert sorted(shown) == sorted(row.verdict for row in rows) and len(set(shown)) == 4
     for row in rows:
         assert row.question in parts.text and row.command in parts.text
         assert row.value is None or claims.value_text(row) in parts.text

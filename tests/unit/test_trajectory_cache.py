@@ -63,7 +63,7 @@ def test_a_found_trajectory_is_the_computed_one_and_costs_no_call(tmp_path: Path
 def test_edict_keeps_its_partner(tmp_path: Path) -> None:
     model, (x0, cond) = Model(), drawn()
     kept = [TrajectoryCache(tmp_path, GB, "m").invert(model, x0, cond, SCHEDULE, 4, "edict") for _ in range(2)]
-    assert kept[1].partner is not None and torch.equal(kept[0].partner, kept[1].partner)  # type: ignore[arg-type]
+    assert kept[1].partner is not None and torch.equal(kept[0].partner, kept[1].partner)
 
 
 CHANGES: dict[str, dict[str, Any]] = {

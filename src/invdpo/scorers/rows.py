@@ -19,19 +19,23 @@ if TYPE_CHECKING:
     from invdpo.scorers import Scorer
     from invdpo.scorers.pictures import Pictures
 
+# What an image row and a score row begin with.
+HEAD = (
+    pa.field("method", pa.string()),
+    pa.field("seed", pa.int64()),
+    pa.field("step", pa.int64()),
+    pa.field("prompt_set", pa.string()),
+    pa.field("prompt_id", pa.int64()),
+    pa.field("prompt", pa.string()),
+)
 SCORES = pa.schema(
-    {
-        "method": pa.string(),
-        "seed": pa.int64(),
-        "step": pa.int64(),
-        "prompt_set": pa.string(),
-        "prompt_id": pa.int64(),
-        "prompt": pa.string(),
-        "image_sha256": pa.string(),
-        "scorer": pa.string(),
-        "scorer_version": pa.string(),
-        "score": pa.float64(),
-    }
+    [
+        *HEAD,
+        ("image_sha256", pa.string()),
+        ("scorer", pa.string()),
+        ("scorer_version", pa.string()),
+        ("score", pa.float64()),
+    ]
 )
 
 
