@@ -37,17 +37,20 @@ from invdpo.scorers import Scorer, build_scorers
 from invdpo.scorers.aesthetic import AestheticScore
 from invdpo.scorers.clip import ClipScore
 from invdpo.scorers.hps import HumanPreferenceScore as HPS
-from invdpo.scorers.pickscore import PickScore
+from invdpo.scorers.openclip import OpenClip
+from invdpo.scorers.pickscore import PickScore, unit_features
+from invdpo.scorers.texts import Texts
 
 ONE, BATCHED, SHARED, WORKERS = "one image at a time", "batched", "and shared", "and decoded in workers"
 SHAPES = Path("assets/shapes")
 
 
 def shapes_items(count: int, folder: Path) -> list[Item]:
-    """Held-out pictures of the shapes world as PNG files of 64 x 64 pixels."""
-    rows = pq.read_table(SHAPES / "preferences" / "validation.parquet", columns=["jpg_0", "caption"]).to_pylist()
-    pictures = (Image.open(io.BytesIO(row["jpg_0"])) for row in rows[:count])
-    return _stored(pictures, [row["caption"] for row in rows[:count]], folder)
+    """Held-out pairs of the shapes world as PNG files of 64 x 64 pixels: two pictures a prompt."""
+    rows = pq.read_table(SHAPES / "preferences" / "validation.parquet", columns=["jpg_0", "jpg_1", "caption"])
+    pairs = rows.slice(0, count // 2).to_pylist()
+    pictures = (Image.open(io.BytesIO(row[side])) for row in pairs for side in ("jpg_0", "jpg_1"))
+    return _stored(pictures, [row["caption"] for row in pairs for _ in range(2)], folder)
 
 
 def medium_items(count: int, folder: Path, side: int = 512) -> list[Item]:
@@ -59,7 +62,7 @@ def medium_items(count: int, folder: Path, side: int = 512) -> list[Item]:
         grain = generator.integers(-8, 9, (side, side, 3))
         return Image.fromarray((np.asarray(coarse) + grain).clip(0, 255).astype(np.uint8))
 
-    prompts = [f"a photo of object number {number} on a table" for number in range(count)]
+    prompts = [f"a photo of object number {number // 2} on a table" for number in range(count)]
     return _stored((picture() for _ in prompts), prompts, folder)
 
 
@@ -93,22 +96,66 @@ def medium_scorers(folder: Path) -> ScorersConfig:
     return ScorersConfig.model_validate({"clip": clip, "aesthetic": aesthetic, "hps": hps})
 
 
-def competitors(scorers: Sequence[Scorer], items: Sequence[Item], batch: int, workers: int) -> dict[str, Work]:
-    """The ladder from one image at a time to everything."""
+@torch.no_grad()
+def selector(scorer: Scorer, image: Image.Image, prompt: str) -> float:
+    """A score by plain calls of transformers and open_clip, as the authors' selector classes make them."""
+    if isinstance(scorer, PickScore):
+        pixels = scorer.processor(images=image, return_tensors="pt").to(scorer.device)
+        tokens = scorer.processor(
+            text=prompt, padding="max_length", truncation=True, max_length=scorer.length, return_tensors="pt"
+        ).to(scorer.device)
+        seen, read = scorer.model.get_image_features(**pixels), scorer.model.get_text_features(**tokens)
+        return float((unit_features(seen) * unit_features(read)).sum())
+    assert isinstance(scorer, (ClipScore, AestheticScore, HPS))
+    model, device = scorer.tower.model, scorer.tower.device
+    embedded = model.encode_image(scorer.preprocessing.transform(image)[None].to(device), normalize=True)
+    if isinstance(scorer, AestheticScore):
+        return float(scorer.head(embedded))
+    return float((embedded * model.encode_text(scorer.tower.tokenize([prompt]).to(device), normalize=True)).sum())
 
-    def alone(size: int) -> None:
+
+def competitors(scorers: Sequence[Scorer], items: Sequence[Item], batch: int, workers: int) -> dict[str, Work]:
+    """The ladder from one image at a time to everything. Raises InvdpoError where its ends do not agree.
+
+    What a scorer remembers of prompts is forgotten before every batch or, where it is shared, before every pass.
+    """
+
+    def forget() -> None:
+        for text in texts_of(scorers):
+            text.forget()
+
+    def one() -> list[float]:
+        return [
+            selector(scorer, open_picture(item.source)[0], item.head["prompt"]) for scorer in scorers for item in items
+        ]
+
+    def batched() -> None:
         for scorer in scorers:
-            for start in range(0, len(items), size):
-                part = items[start : start + size]
+            for start in range(0, len(items), batch):
+                forget()
+                part = items[start : start + batch]
                 images = [open_picture(item.source)[0] for item in part]
                 scorer.score(images, [item.head["prompt"] for item in part])
 
-    return {
-        ONE: lambda: alone(1),
-        BATCHED: lambda: alone(batch),
-        SHARED: lambda: score_items(items, scorers, batch, 0),
-        WORKERS: lambda: score_items(items, scorers, batch, workers),
-    }
+    def shared(workers: int) -> list[dict[str, Any]]:
+        forget()
+        return score_items(items, scorers, batch, workers)
+
+    scored = {(row["scorer"], row["image"]): row["score"] for row in shared(0)}
+    names = [(scorer.version.split(":")[0], item.name) for scorer in scorers for item in items]
+    if not np.allclose([scored[name] for name in names], one(), rtol=1e-4, atol=1e-5):
+        raise InvdpoError("the scorers do not give the scores of plain calls, so there is nothing to compare")
+    return {ONE: one, BATCHED: batched, SHARED: lambda: shared(0), WORKERS: lambda: shared(workers)}
+
+
+def towers(scorers: Sequence[Scorer]) -> set[OpenClip]:
+    """The open_clip models of the scorers."""
+    return {scorer.tower for scorer in scorers if isinstance(scorer, (ClipScore, AestheticScore, HPS))}
+
+
+def texts_of(scorers: Sequence[Scorer]) -> list[Texts]:
+    """What the scorers remember of prompts."""
+    return [each.texts for each in (*towers(scorers), *scorers) if isinstance(each, (OpenClip, PickScore))]
 
 
 def shares(scorers: Sequence[Scorer], items: Sequence[Item], batch: int) -> dict[str, float]:
@@ -129,7 +176,7 @@ def shares(scorers: Sequence[Scorer], items: Sequence[Item], batch: int) -> dict
 
     watch(invdpo.score, "open_picture", "decode")
     watch(invdpo.score, "prepare", "preprocess")
-    for tower in {scorer.tower for scorer in scorers if isinstance(scorer, (ClipScore, AestheticScore, HPS))}:
+    for tower in towers(scorers):
         watch(tower, "tokenize", "tokens")
         watch(tower.model, "encode_image", "image towers")
         watch(tower.model, "encode_text", "text towers")
@@ -138,6 +185,8 @@ def shares(scorers: Sequence[Scorer], items: Sequence[Item], batch: int) -> dict
             watch(scorer, "processor", "tokens")
             watch(scorer.model, "get_image_features", "image towers")
             watch(scorer.model, "get_text_features", "text towers")
+    for text in texts_of(scorers):
+        text.forget()
     began = time.perf_counter()
     score_items(items, scorers, batch, 0)
     total = time.perf_counter() - began
@@ -151,8 +200,8 @@ def markdown(report: dict[str, Any]) -> str:
         f"# Scoring: {report['device']}, {options['threads']} CPU threads, {options['workers']} workers",
         "",
         f"Batches of {options['batch']}. Rates are medians of {options['rounds']} interleaved rounds, ratios medians",
-        "(and ranges) of each round's ratio to the first competitor, in which every scorer opens and embeds one image",
-        "and its prompt at a time.",
+        "(and ranges) of each round's ratio to the first competitor: plain calls of transformers and open_clip, in",
+        "which every scorer opens and embeds one image and its prompt at a time. Every prompt has two images.",
         "",
         "| scorers | images | competitor | images/s | ratio |",
         "|---|--:|---|--:|--:|",

@@ -38,7 +38,7 @@ LOCK = lock_hash()
 # Nor does it see through a command line: these modules of the package decide the numbers of each stage, and a hash of their
 # syntax is a parameter too. Comments, the wording of errors and how files are written change no number.
 # Preparing the pairs scores them too, where a method weights them by PickScore.
-SCORING = ("scorers/pickscore", "scorers/openclip", "scorers/pictures", "scorers/weights")
+SCORING = ("scorers/pickscore", "scorers/openclip", "scorers/pictures", "scorers/texts", "scorers/weights")
 ENCODING = ("preferences", "backbones", "schedule", "device", *SCORING)
 TRAINING = (*ENCODING, "training", "objectives", "likelihood", "inversion", "types")
 WORLD = ("world/oracle", "world/benchmarks", "world/parser", "world/render", "world/scenes")
@@ -55,7 +55,7 @@ MODULES = {
         "device",
         "image_files",
         "prompts",
-        *(f"scorers/{name}" for name in ("distribution", "openclip", "pictures", "weights")),
+        *(f"scorers/{name}" for name in ("distribution", "openclip", "pictures", "texts", "weights")),
         *(f"world/{name}" for name in ("reference", "render", "scenes")),
     ),
     "tables": ("evidence/tables", "evidence/comparisons", "evidence/compositional", "evidence/printing", *READING),

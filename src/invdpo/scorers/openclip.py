@@ -24,6 +24,7 @@ from torch.nn.functional import normalize
 from invdpo.device import autocast
 from invdpo.errors import InvdpoError
 from invdpo.scorers.pictures import Pictures, Preprocessing
+from invdpo.scorers.texts import Texts
 from invdpo.scorers.weights import loading, require_file, sha12, weights_in
 
 Kind = Literal["open_clip", "authors", "authors_aliased"]
@@ -82,6 +83,7 @@ class OpenClip:
         )
         self.preprocessing = _preprocessing(preprocessing, self.model.visual, transform)
         self.hash = sha12(files)
+        self.texts = Texts(self._embed_texts)
 
     @torch.no_grad()
     def embed_images(self, images: list[Image.Image]) -> Tensor:
@@ -95,9 +97,12 @@ class OpenClip:
 
         return pictures.once(self, embed)
 
-    @torch.no_grad()
     def embed_texts(self, texts: list[str]) -> Tensor:
         """Prompts -> (B, D) float32 unit vectors."""
+        return self.texts(texts)
+
+    @torch.no_grad()
+    def _embed_texts(self, texts: list[str]) -> Tensor:
         tokens = self.tokenize(texts).to(self.device)
         with half_on_cuda(self.device):
             features = self.model.encode_text(tokens)
