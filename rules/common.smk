@@ -59,7 +59,7 @@ MODULES = {
         *(f"world/{name}" for name in ("reference", "render", "scenes")),
     ),
     "tables": ("evidence/tables", "evidence/comparisons", "evidence/compositional", "evidence/printing", *READING),
-    "figures": ("evidence/figures", *READING),
+    "figures": ("evidence/figures", "evidence/grids", *READING),
     "claims": ("evidence/claims", "evidence/printing", *READING),
     "report": ("evidence/report", "evidence/claims", "evidence/figures", "evidence/printing", *READING),
     "mlflow": ("tracking", *READING),
@@ -218,7 +218,11 @@ FIGURES = {
     "fig_oracle": "Oracle utility",
     "inversion_steps": "Inversion steps",
     "controls": "Label controls",
-    "grid": "Samples",
+    "fig1": "Figure 1: samples",
+    "fig4": "Figure 4: details",
+    "fig5": "Figure 5: composition",
+    "fig_s6": "Figure S6: more samples",
+    "fig_s10": "Figure S10: failures",
 }
 
 
@@ -229,7 +233,7 @@ MEASURED = {
         {
             "inversion_error": "Inversion error",
             "inversion_levels": "Inversion error by noise level",
-            "inversion_pictures": "Inversion and sampling, side by side",
+            "fig_s9": "Figure S9: inversion and sampling, side by side",
         },
     ),
     "precision": ("Precision of the surrogates", {"precision": "Precision of the surrogates"}),

@@ -101,7 +101,7 @@ def make_study(
                         value += (gain + luck) * (1 - np.exp(-step / 12)) + 0.3 * rng.normal(size=prompts)
                     for k in range(prompts):
                         rows.append((arm, seed, step, "test", k, f"a red circle left of a blue square, take {k}",
-                                     f"{arm}{seed}{step}{k}", name, "1", 0.2 + SPREAD[name] * value[k]))  # fmt: skip
+                                     f"{arm}{seed}{step}{k}", name, "1", 0.2 + SPREAD.get(name, 1.0) * value[k]))  # fmt: skip
             columns = ["method", "seed", "step", "prompt_set", "prompt_id", "prompt", "image_sha256", "scorer"]
             frame = pd.DataFrame(rows, columns=[*columns, "scorer_version", "score"])
             path = study.root / "scores" / arm / f"seed{seed}.parquet"

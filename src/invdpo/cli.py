@@ -248,11 +248,12 @@ def tables(study: StudyOption, log_file: LogOption = None) -> None:
 
 @app.command()
 def figures(study: StudyOption, log_file: LogOption = None) -> None:
-    """Draw root/figures/ from the scores and training logs."""
+    """Draw root/figures/ from the scores, training logs and images."""
     config = _start(study, None, log_file)
-    from invdpo.evidence.figures import write
+    from invdpo.evidence import figures, grids
 
-    write(config)
+    figures.write(config)
+    grids.write(config)
 
 
 @app.command()

@@ -302,7 +302,7 @@ def test_tables_and_figures_of_all_three(prepared: MakeStudy, monkeypatch: pytes
     for name in study.experiments.measured:
         run(study, name, CPU)
     written = evidence.write(study)
-    figures = ["inversion_error", "inversion_levels", "inversion_pictures", "precision", "audit"]
+    figures = ["inversion_error", "inversion_levels", "fig_s9", "precision", "audit"]
     assert {path.relative_to(study.root).as_posix() for path in written} == {
         *(f"tables/{name}.{kind}" for name in study.experiments.measured for kind in ("csv", "md", "tex")),
         *(f"figures/{name}.{kind}" for name in figures for kind in ("png", "pdf")),

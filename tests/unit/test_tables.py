@@ -164,7 +164,7 @@ def test_what_has_not_run_says_so() -> None:
 def test_nothing_run_at_all_still_gives_every_file() -> None:
     study = make_study(skip=tuple(make_config().arms))
     tables.write(study)
-    assert len(figures.write(study)) == 14
+    assert len(figures.write(study)) == 12
     assert {row["status"] for row in read(study.root / "tables/table1.csv")} == {"not run"}
 
 
@@ -191,7 +191,6 @@ def test_same_scores_give_the_same_bytes() -> None:
     def write() -> dict[Path, bytes]:
         evidence = load_evidence(study)
         drawn = figures.save(figures.curves(evidence, "pickscore"), study.root / "figures", "fig3")
-        drawn += figures.save(figures.grid(evidence), study.root / "figures", "grid")
         return {path: path.read_bytes() for path in tables.write(study) + drawn}
 
     assert write() == write()
@@ -280,11 +279,6 @@ def test_labels_are_moved_apart_but_stay_inside() -> None:
     assert ordered[0] >= 0 and ordered[-1] <= 1
     assert placed[3] == 0.0 and placed[4] == 1.0
     assert figures.spread_labels([0.2, 0.8], 0.1, 0.0, 1.0) == [0.2, 0.8]
-
-
-def test_grid_prompts_run_from_the_best_gain_to_the_worst_loss() -> None:
-    assert figures.quantile_prompts(np.array([0.0, 3.0, -2.0, 1.0, 9.0]), 3) == [4, 3, 2]
-    assert figures.quantile_prompts(np.array([1.0, 2.0]), 6) == [1, 0]
 
 
 def test_publish_copies_and_rewrites_the_readme() -> None:

@@ -601,7 +601,7 @@ EVIDENCE = {
         {
             "inversion_error": inversion_error_figure,
             "inversion_levels": inversion_levels_figure,
-            "inversion_pictures": inversion_pictures_figure,
+            "fig_s9": inversion_pictures_figure,
         },
     ),
     "precision": (precision_table, {"precision": precision_figure}),

@@ -1,4 +1,4 @@
-"""The study's figures as pdf and png: curves (Fig. 3, S7, S8), controls, inversion steps, sample grids.
+"""The study's figures as pdf and png: curves (Fig. 3, S7, S8), controls, inversion steps; `grids` has the pictures.
 
 Colours are Okabe and Ito's, which colour-blind readers can tell apart; a method has the same colour in every figure,
 and curves are named where they end instead of in a legend. Files carry no dates, so the same data gives the same bytes.
@@ -6,15 +6,12 @@ and curves are named where they end instead of in a legend. Files carry no dates
 
 from __future__ import annotations
 
-import io
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
-from invdpo.errors import InvdpoError
 from invdpo.evidence.load import (
     Evidence,
     arm_title,
@@ -141,7 +138,7 @@ def spread_labels(positions: list[float], gap: float, low: float, high: float) -
     return placed
 
 
-def _broken(arm: str) -> str:
+def short_title(arm: str) -> str:
     """The arm's title on short lines."""
     return arm_title(arm).replace(" (", "\n(").replace(", ", ",\n")
 
@@ -295,7 +292,7 @@ def controls(evidence: Evidence) -> Figure:
             if gain.low == gain.high:
                 panel.plot([x], [gain.estimate], marker="_", color=colour, markersize=7, zorder=4)
     panel.axhline(0, color=BLACK, linewidth=0.7, zorder=2)
-    panel.set_xticks(range(len(groups)), [_broken(method) for method in groups])
+    panel.set_xticks(range(len(groups)), [short_title(method) for method in groups])
     panel.tick_params(axis="x", length=0)
     panel.set_xlim(-0.6, len(groups) - 0.4)
     panel.set_ylabel(f"{scorer_title(scorer)}, minus base")
@@ -360,85 +357,13 @@ def inversion_steps(evidence: Evidence) -> Figure:
     return figure
 
 
-def quantile_prompts(difference: np.ndarray, count: int) -> list[int]:
-    """Indices of `count` prompts at evenly spaced quantiles of a difference (prompts,), largest first."""
-    order = np.argsort(-difference, kind="stable")
-    places = np.linspace(0, len(order) - 1, min(count, len(order)))
-    return [int(order[round(place)]) for place in places]
-
-
-def grid(evidence: Evidence) -> Figure:
-    """Samples of several arms: a row a prompt, a column an arm, the same noise along a row.
-
-    The prompts lie at evenly spaced quantiles of the primary-score difference between the last arm and the first, in
-    the first training seed: the best gain on top, the worst loss at the bottom, nobody's taste in between.
-    """
-    from PIL import Image
-
-    study, scorer = evidence.study, evidence.primary
-    grids = study.experiments.grids
-    arms = [arm for arm in grids.arms if evidence.has(arm, scorer)] if grids else []
-    images = {arm: frame for arm in arms if (frame := _first_seed_images(study, arm)) is not None}
-    arms = [arm for arm in arms if arm in images]
-    if grids is None or len(arms) < 2:
-        return placeholder("Fewer than two arms of the grid have images")
-    first, last = evidence.paired(arms[0], arms[-1], scorer)
-    chosen = quantile_prompts((last - first)[0], grids.prompts)
-    prompts, texts = evidence.scores[arms[0]].prompts, evidence.scores[arms[0]].texts
-    size, text_width, head = 1.25, 1.65, 0.75
-    row_height = size + 0.2
-    width, height = text_width + size * len(arms), head + row_height * len(chosen)
-    figure, axes = new_figure(width, height, len(chosen), len(arms))
-    for row, prompt in enumerate(chosen):
-        for column, arm in enumerate(arms):
-            panel = axes[row, column]
-            panel.set_position(
-                (
-                    (text_width + size * column + 0.03) / width,
-                    1 - (head + row_height * row + size - 0.03) / height,
-                    (size - 0.06) / width,
-                    (size - 0.06) / height,
-                )
-            )
-            panel.axis("off")
-            key = prompts[prompt]
-            if key not in images[arm].index:
-                raise InvdpoError(f"images of {arm}: no image of prompt {key}. Evaluate the arm again.")
-            with Image.open(io.BytesIO(images[arm].at[key, "png"])) as image:  # pyright: ignore
-                panel.imshow(np.asarray(image.convert("RGB")), interpolation="nearest", aspect="equal")
-            score = evidence.final(arm, scorer)[0, prompt]
-            panel.text(0.5, -0.03, f"{score:.3g}", transform=panel.transAxes, ha="center", va="top", fontsize=7)
-            if row == 0:
-                panel.set_title(_broken(arm), fontsize=7.5)
-        middle = 1 - (head + row_height * row + size / 2) / height
-        caption = textwrap.fill(textwrap.shorten(texts[prompt], 130, placeholder="…"), 24)
-        figure.text(0.06 / width, middle, caption, ha="left", va="center", fontsize=7.5)
-    note = f"Under each image: {scorer_title(scorer)}. "
-    note += "Rows: evenly spaced quantiles of its gain, last column over first."
-    figure.text(0.06 / width, 1 - 0.08 / height, "\n".join(textwrap.wrap(note, int(width * 15))), va="top", fontsize=7)
-    return figure
-
-
-def _first_seed_images(study: StudyConfig, arm: str) -> pd.DataFrame | None:
-    """The last checkpoint's images of the arm's first seed, indexed by (prompt_set, prompt_id); None without images."""
-    paths = [study.root / "images" / arm / f"seed{seed}.parquet" for seed in study.seeds]
-    paths += [study.root / "images" / arm / "seed0.parquet"]  # the base model's only file
-    path = next((path for path in paths if path.exists()), None)
-    if path is None:
-        return None
-    frame = pd.read_parquet(path, columns=["step", "prompt_set", "prompt_id", "png"])
-    frame = frame[frame["step"] == frame["step"].max()]
-    keys = ["prompt_set", "prompt_id"]
-    return frame.astype({"prompt_set": str, "prompt_id": str}).set_index(keys)
-
-
 def write(study: StudyConfig) -> list[Path]:
-    """Write root/figures/{fig3,fig_s7,fig_s8,fig_oracle,controls,inversion_steps,grid}.{pdf,png}; the paths written."""
+    """Write root/figures/{fig3,fig_s7,fig_s8,fig_oracle,controls,inversion_steps}.{pdf,png}; the paths written."""
     evidence = load_evidence(study)
     folder = study.root / "figures"
     written = []
     for name, metric in CURVES.items():
         written += save(curves(evidence, metric), folder, name)
-    for name, draw in (("controls", controls), ("inversion_steps", inversion_steps), ("grid", grid)):
-        written += save(draw(evidence), folder, name)
+    for draw in (controls, inversion_steps):
+        written += save(draw(evidence), folder, draw.__name__)
     return written

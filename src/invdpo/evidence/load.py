@@ -102,6 +102,7 @@ def arm_title(name: str) -> str:
 @dataclass(frozen=True)
 class ArmScores:
     """All scores of one arm. values[scorer]: (steps, seeds, prompts that have this score) float64, by (set, id).
+    judged[scorer]: places in `prompts` of those that have it, ascending.
     tasks[task of `invdpo.scorers.composition`]: (seeds, prompts) of the last step alone, nan for a prompt that does not
     ask for it.
     """
@@ -112,6 +113,7 @@ class ArmScores:
     prompts: tuple[tuple[str, str], ...]
     texts: tuple[str, ...]
     values: Mapping[str, np.ndarray]
+    judged: Mapping[str, list[int]]
     tasks: Mapping[str, np.ndarray]
 
     @property
@@ -153,14 +155,15 @@ def load_scores(root: Path, arm: str, seeds: tuple[int, ...] | None = None) -> A
     steps, used = sorted(np.unique(rows["step"])), sorted(np.unique(rows["seed"]))
     asked = rows["scorer"].str.removeprefix("oracle_").isin(TASKS)
     tasks = _tasks(rows.loc[asked & (rows["step"] == steps[-1])], root / "scores" / arm, used, keys)
-    values = {}
+    values, judged = {}, {}
     for name, part in rows[~asked].groupby("scorer", sort=True):
         cube = part.set_index(["step", "seed", "prompt_set", "prompt_id"])["score"]
         if cube.index.has_duplicates:
             raise InvdpoError(f"{root / 'scores' / arm}: {name} scored an image twice. Evaluate the arm again.")
         # Some scores exist for some prompts only: a caption without a relation has no relation to agree with.
-        judged = set(zip(part["prompt_set"], part["prompt_id"], strict=True))
-        own = [key for key in keys if key in judged]
+        having = set(zip(part["prompt_set"], part["prompt_id"], strict=True))
+        judged[str(name)] = [place for place, key in enumerate(keys) if key in having]
+        own = [keys[place] for place in judged[str(name)]]
         full = pd.MultiIndex.from_tuples([(t, s, *k) for t in steps for s in used for k in own])
         grid = cube.reindex(full).to_numpy(np.float64).reshape(len(steps), len(used), len(own))
         if not np.isfinite(grid).all():
@@ -173,6 +176,7 @@ def load_scores(root: Path, arm: str, seeds: tuple[int, ...] | None = None) -> A
         prompts=tuple(keys),
         texts=tuple(map(str, texts)),
         values=values,
+        judged=judged,
         tasks=tasks,
     )
 

@@ -30,7 +30,7 @@ SHOWN_FOR = {
     "inversion_steps": "inversion_steps",
     "table_s5": "q_vs_p",
     "controls": "controls",
-    "grid": "grids",
+    **dict.fromkeys(("fig1", "fig4", "fig5", "fig_s6", "fig_s10"), "grids"),
 }
 
 

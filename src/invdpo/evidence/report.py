@@ -131,7 +131,7 @@ FIGURES = {
     "inversion_error": {
         "inversion_error": "Round-trip error of each solver against UNet evaluations, as in the table.",
         "inversion_levels": "Error of each solver along the way from the picture to noise.",
-        "inversion_pictures": "Held-out pictures, each beside what sampling from the end of its inversion gives.",
+        "fig_s9": "Held-out pictures, each beside what sampling from the end of its inversion gives.",
     },
 }
 TITLES = {"speed": "Speed and memory of the code", "tuning": "The tuning grid"}
