@@ -100,8 +100,9 @@ def make_study(
                     if gain is not None:
                         value += (gain + luck) * (1 - np.exp(-step / 12)) + 0.3 * rng.normal(size=prompts)
                     for k in range(prompts):
-                        rows.append((arm, seed, step, "test", k, f"a red circle left of a blue square, take {k}",
-                                     f"{arm}{seed}{step}{k}", name, "1", 0.2 + SPREAD.get(name, 1.0) * value[k]))  # fmt: skip
+                        prompt = f"a red circle left of a blue square, take {k}"
+                        score = 0.2 + SPREAD.get(name, 1.0) * value[k]
+                        rows.append((arm, seed, step, "test", k, prompt, f"{arm}{seed}{step}{k}", name, "1", score))
             columns = ["method", "seed", "step", "prompt_set", "prompt_id", "prompt", "image_sha256", "scorer"]
             frame = pd.DataFrame(rows, columns=[*columns, "scorer_version", "score"])
             path = study.root / "scores" / arm / f"seed{seed}.parquet"
