@@ -44,6 +44,7 @@ TRAINING = (*ENCODING, "training", "objectives", "likelihood", "inversion", "typ
 WORLD = ("world/oracle", "world/benchmarks", "world/parser", "world/render", "world/scenes")
 EVALUATION = ("evaluate", "prompts", "sampling", "scorers", "inversion", "types", *ENCODING[1:], *WORLD)
 READING = ("evidence/load", "evidence/statistics", "scorers/composition")
+CLAIMS = ("evidence/claims", "evidence/claims_held_out", "evidence/ledger")
 EXPERIMENTS = ("experiments", "evidence/statistics", *TRAINING, *EVALUATION)
 
 MODULES = {
@@ -60,8 +61,8 @@ MODULES = {
     ),
     "tables": ("evidence/tables", "evidence/comparisons", "evidence/compositional", "evidence/printing", *READING),
     "figures": ("evidence/figures", "evidence/grids", *READING),
-    "claims": ("evidence/claims", "evidence/printing", *READING),
-    "report": ("evidence/report", "evidence/claims", "evidence/figures", "evidence/printing", *READING),
+    "claims": (*CLAIMS, "evidence/printing", *READING),
+    "report": ("evidence/report", *CLAIMS, "evidence/figures", "evidence/printing", *READING),
     "mlflow": ("tracking", *READING),
     "tune": ("tuning", *TRAINING, *EVALUATION),
     "experiments": EXPERIMENTS,

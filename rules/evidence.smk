@@ -62,7 +62,7 @@ rule figures:
 
 
 # experiment -> its files that claims are judged by
-JUDGED_BY = {"precision": ["agreement", "latents"], "audit": ["gradients"]}
+JUDGED_BY = {"precision": ["agreement", "latents"], "audit": ["gradients"], "inversion_error": ["errors"]}
 
 
 rule claims:
@@ -76,6 +76,9 @@ rule claims:
             if name in STUDIED
             for file in files
         ],
+        distribution=["<results>/distribution.csv"] if DISTRIBUTION else [],
+        # Made where people have voted, and never asked for by a verdict.
+        votes=local(f"{study.root}/tables/table_s4.csv"),
         claims=local(study.claims),
     output:
         json="<results>/claims.json",

@@ -16,7 +16,7 @@ from scipy.stats import spearmanr
 
 from invdpo.config import StudyConfig, load_study
 from invdpo.errors import InvdpoError
-from invdpo.evidence import claims
+from invdpo.evidence import claims, ledger
 from invdpo.evidence.load import Evidence, load_evidence
 from invdpo.experiments.precision import agreement
 
@@ -32,41 +32,42 @@ def _in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("low", "high", "threshold", "direction", "seeds", "verdict"),
     [
-        (0.1, 0.3, 0.0, "higher", 3, claims.SUPPORTED),
-        (-0.1, 0.3, 0.0, "higher", 3, claims.INCONCLUSIVE),
-        (-0.3, -0.1, 0.0, "higher", 3, claims.NOT_SUPPORTED),
-        (0.0, 0.0, 0.0, "higher", 3, claims.NOT_SUPPORTED),
-        (-0.3, -0.1, 0.0, "lower", 3, claims.SUPPORTED),
-        (0.0, 0.0, 0.0, "lower", 3, claims.NOT_SUPPORTED),
-        (2.1, 3.0, 2.0, "higher", 3, claims.SUPPORTED),
-        (0.1, 0.3, 0.0, "higher", 1, claims.INCONCLUSIVE),
+        (0.1, 0.3, 0.0, "higher", 3, ledger.SUPPORTED),
+        (-0.1, 0.3, 0.0, "higher", 3, ledger.INCONCLUSIVE),
+        (-0.3, -0.1, 0.0, "higher", 3, ledger.NOT_SUPPORTED),
+        (0.0, 0.0, 0.0, "higher", 3, ledger.NOT_SUPPORTED),
+        (-0.3, -0.1, 0.0, "lower", 3, ledger.SUPPORTED),
+        (0.0, 0.0, 0.0, "lower", 3, ledger.NOT_SUPPORTED),
+        (2.1, 3.0, 2.0, "higher", 3, ledger.SUPPORTED),
+        (0.1, 0.3, 0.0, "higher", 1, ledger.INCONCLUSIVE),
+        (0.1, 0.3, 0.0, "higher", None, ledger.SUPPORTED),
     ],
 )
-def test_decide(low: float, high: float, threshold: float, direction: str, seeds: int, verdict: str) -> None:
-    assert claims.decide(low, high, threshold, direction, seeds) == verdict
+def test_decide(low: float, high: float, threshold: float, direction: str, seeds: int | None, verdict: str) -> None:
+    assert ledger.decide(low, high, threshold, direction, seeds) == verdict
 
 
-def rows(study) -> dict[tuple[str, str], claims.Verdict]:
-    found = claims.judge_all(load_evidence(study), claims.load_claims(CLAIMS))
+def rows(study) -> dict[tuple[str, str], ledger.Verdict]:
+    found = claims.judge_all(load_evidence(study), ledger.load_claims(CLAIMS))
     return {(row.id, row.variant): row for row in found}
 
 
 def test_verdicts_follow_what_was_put_in() -> None:
     found = rows(make_study(prompts=48))
     verdict = {key: row.verdict for key, row in found.items()}
-    assert verdict["pickscore_above_diffusion_dpo", "inversion_dpo_implied"] == claims.SUPPORTED
-    assert verdict["pickscore_above_diffusion_dpo", "inversion_dpo_code"] == claims.NOT_SUPPORTED
-    assert verdict["dpo_above_base", ""] == claims.SUPPORTED
-    assert verdict["dpo_above_its_shuffled_control", ""] == claims.SUPPORTED
-    assert verdict["labels_matter", "inversion_dpo_paper"] == claims.NOT_SUPPORTED  # [0, 0]: nothing moved
-    assert verdict["labels_matter", "inversion_dpo_implied"] == claims.SUPPORTED
-    assert verdict["more_inversion_steps_pickscore", "p_single"] == claims.SUPPORTED
-    assert verdict["more_inversion_steps_pickscore", "inversion_dpo_code"] == claims.NOT_RUN
-    assert verdict["steady_rise", "inversion_dpo_implied"] == claims.SUPPORTED
-    assert verdict["steady_rise", "inversion_dpo_code"] == claims.NOT_SUPPORTED
-    assert verdict["zero_gradient_at_the_reference", "inversion_dpo_paper"] == claims.SUPPORTED
+    assert verdict["pickscore_above_diffusion_dpo", "inversion_dpo_implied"] == ledger.SUPPORTED
+    assert verdict["pickscore_above_diffusion_dpo", "inversion_dpo_code"] == ledger.NOT_SUPPORTED
+    assert verdict["dpo_above_base", ""] == ledger.SUPPORTED
+    assert verdict["dpo_above_its_shuffled_control", ""] == ledger.SUPPORTED
+    assert verdict["labels_matter", "inversion_dpo_paper"] == ledger.NOT_SUPPORTED  # [0, 0]: nothing moved
+    assert verdict["labels_matter", "inversion_dpo_implied"] == ledger.SUPPORTED
+    assert verdict["more_inversion_steps_pickscore", "p_single"] == ledger.SUPPORTED
+    assert verdict["more_inversion_steps_pickscore", "inversion_dpo_code"] == ledger.NOT_RUN
+    assert verdict["steady_rise", "inversion_dpo_implied"] == ledger.SUPPORTED
+    assert verdict["steady_rise", "inversion_dpo_code"] == ledger.NOT_SUPPORTED
+    assert verdict["zero_gradient_at_the_reference", "inversion_dpo_paper"] == ledger.SUPPORTED
     moved = found["released_learning_rate_moves_the_weights", "inversion_dpo_code"]
-    assert moved.verdict == claims.NOT_SUPPORTED and moved.value == pytest.approx(1e-5)
+    assert moved.verdict == ledger.NOT_SUPPORTED and moved.value == pytest.approx(1e-5)
 
 
 def test_speed_depends_on_the_axis() -> None:
@@ -76,9 +77,16 @@ def test_speed_depends_on_the_axis() -> None:
     assert by_step.value is not None and by_evals.value is not None
     assert by_step.value > 2
     assert by_evals.value == pytest.approx(by_step.value / 20)  # 5,000 against 250 evaluations a step
-    assert by_evals.verdict == claims.NOT_SUPPORTED
+    assert by_evals.verdict == ledger.NOT_SUPPORTED
+    by_time = found["twice_as_fast_by_time", "inversion_dpo_implied"]
+    assert by_time.value == pytest.approx(by_step.value * 1.25 / 6)  # the fixture's seconds a step
+    most = found["four_times_as_fast_by_step", "p_single"]
+    assert most.test["arms"] == ["p_single_n40", "diffusion_dpo"] and most.value is not None
+    assert "p_single with the most" not in most.reason
+    without = found["four_times_as_fast_by_step", "inversion_dpo_code"]
+    assert without.verdict == ledger.NOT_RUN and "inversion_dpo_code with the most inversion steps" in without.reason
     never = found["twice_as_fast_by_step", "inversion_dpo_code"]
-    assert never.value == 0 and never.high == pytest.approx(1) and never.verdict == claims.NOT_SUPPORTED
+    assert never.value == 0 and never.high == pytest.approx(1) and never.verdict == ledger.NOT_SUPPORTED
 
 
 def test_unequal_batches_are_said_beside_a_speed_by_step() -> None:
@@ -90,26 +98,129 @@ def test_unequal_batches_are_said_beside_a_speed_by_step() -> None:
     assert "sees 2 pairs" in row.reason and row.reason in claims.to_markdown([row])
 
 
+def test_a_dip_is_the_first_checkpoint_below_the_base() -> None:
+    study = make_study(prompts=48)
+    assert rows(study)["early_dip_of_diffusion_dpo", "diffusion_dpo"].verdict == ledger.NOT_SUPPORTED
+    for path in (study.root / "scores/diffusion_dpo").glob("*.parquet"):
+        frame = pd.read_parquet(path)
+        frame.loc[frame["step"] == 10, "score"] -= 0.05
+        frame.to_parquet(path)
+    row = rows(study)["early_dip_of_diffusion_dpo", "diffusion_dpo"]
+    assert row.verdict == ledger.SUPPORTED and row.value is not None and row.high is not None and row.high < 0
+    assert "first checkpoint minus base: Diffusion-DPO" in claims.to_markdown([row])
+    evidence = load_evidence(study)
+    curve = evidence.from_base("diffusion_dpo", "pickscore")
+    assert curve is not None and row.value == pytest.approx((curve[1] - curve[0]).mean())
+
+
+def test_cost_and_steadiness_are_ratios_of_the_logs_seed_by_seed() -> None:
+    study = make_study(prompts=8)
+    for log in (study.root / "runs/inversion_dpo_implied").glob("*/train.jsonl"):
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        seed = int(log.parent.name.removeprefix("seed"))
+        spread = [row | {"grad_norm": 2.0 + (-1) ** row["step"] * (1 + seed) / 4} for row in lines]
+        log.write_text("\n".join(json.dumps(row | {"pairs_seen": row["step"]}) for row in spread))
+    for log in (study.root / "runs/diffusion_dpo").glob("*/train.jsonl"):
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        log.write_text("\n".join(json.dumps(row | {"grad_norm": 4.0 + (-1) ** row["step"]}) for row in lines))
+    found = rows(study)
+    cost = found["double_inference_costs_more", "inversion_dpo_implied"]
+    assert cost.value == cost.low == cost.high == pytest.approx(5000 / (250 / 8)) and cost.verdict == ledger.SUPPORTED
+    steady = found["steadier_training", "inversion_dpo_implied"]
+    # relative spreads 1/8, 2/8 and 3/8 of the three seeds, against 1/4
+    assert (steady.low, steady.value, steady.high) == pytest.approx((0.5, 1.0, 1.5))
+    assert steady.verdict == ledger.INCONCLUSIVE and steady.seeds_agreeing == 2
+    still = found["steadier_training", "inversion_dpo_paper"]
+    assert still.verdict == ledger.NOT_RUN and "never had a gradient" in still.reason
+
+
+def test_fid_is_judged_seed_by_seed() -> None:
+    study = make_study(study=measured(distribution=DISTRIBUTION).study)
+    fid = {("base", 0): 9.0, ("inversion_dpo_implied", 0): 8.0, ("inversion_dpo_implied", 1): 8.5}
+    fid |= {("inversion_dpo_implied", 2): 7.0, ("inversion_dpo_code", 0): 8.0, ("inversion_dpo_code", 1): 9.5}
+    fid |= {("inversion_dpo_code", 2): 8.0}
+    table = [{"method": arm, "seed": seed, "fid_standard": value, "images": 24} for (arm, seed), value in fid.items()]
+    with pytest.raises(InvdpoError, match="distribution.csv is missing. Run `invdpo distribution --study"):
+        rows(study)
+    pd.DataFrame(table).to_csv(study.root / "distribution.csv", index=False)
+    found = rows(study)
+    row = found["fid_below_base", "inversion_dpo_implied"]
+    assert row.verdict == ledger.SUPPORTED and (row.low, row.high) == (-2.0, -0.5)
+    assert row.value == pytest.approx(-7 / 6) and "| 3 x 24 pictures |" in claims.to_markdown([row])
+    assert found["fid_below_base", "inversion_dpo_code"].verdict == ledger.INCONCLUSIVE
+    assert "lacks inversion_dpo_paper" in found["fid_below_base", "inversion_dpo_paper"].reason
+    pd.DataFrame(table[:-1] + [{**table[-1], "method": "base"}]).to_csv(study.root / "distribution.csv", index=False)
+    with pytest.raises(InvdpoError, match="not the same seeds of"):
+        rows(study)
+
+
+def test_round_trips_are_judged_at_the_most_steps_over_pictures() -> None:
+    study = make_study(study=measured(inversion_error=INVERSION_ERROR).study)
+    folder = study.root / "experiments" / "inversion_error"
+    folder.mkdir(parents=True)
+    values = {(10, 1.0): [0.5] * 4, (20, 1.0): [0.04, 0.05, 0.06, 0.05], (20, 2.0): [0.01, 0.2, 0.05, 0.2]}
+    table = [
+        {"solver": solver, "steps": steps, "guidance_scale": scale, "rms_error": error * (1 + 9 * (solver != "ddim"))}
+        for solver in ("ddim", "renoise")
+        for (steps, scale), errors in values.items()
+        for error in errors
+    ]
+    pd.DataFrame(table).to_csv(folder / "errors.csv", index=False)
+    found = rows(study)
+    row = found["trajectories_agree", ""]
+    assert row.value == pytest.approx(0.05) and row.verdict == ledger.SUPPORTED and row.pictures == 4
+    assert "guidance 1, N = 20 |" in claims.to_markdown([row])
+    assert found["trajectories_agree_with_guidance", ""].verdict == ledger.INCONCLUSIVE
+    pd.DataFrame(table[:7]).to_csv(folder / "errors.csv", index=False)
+    with pytest.raises(InvdpoError, match=r"3 pictures at N = 20.*invdpo experiment inversion_error"):
+        rows(study)
+
+
+def test_votes_are_those_that_the_exclusions_leave() -> None:
+    study = make_study(prompts=8)
+    assert "make user-study" in rows(study)["people_prefer_it_to_the_base", "inversion_dpo_implied"].reason
+    place = {"arm": "inversion_dpo_implied", "baseline": "base", "raters": 10, "pairs": 100, "votes": 300}
+    table = [
+        place | {"raters_used": "all", "win_rate": 0.5, "win_rate_low": 0.45, "win_rate_high": 0.55},
+        place | {"raters_used": "kept", "win_rate": 0.6, "win_rate_low": 0.52, "win_rate_high": 0.68},
+    ]
+    (study.root / "tables").mkdir()
+    pd.DataFrame(table).to_csv(study.root / "tables" / "table_s4.csv", index=False)
+    found = rows(study)
+    row = found["people_prefer_it_to_the_base", "inversion_dpo_implied"]
+    assert (row.value, row.low, row.high) == (0.6, 0.52, 0.68) and row.verdict == ledger.SUPPORTED
+    assert "| 0.6 [0.52, 0.68] | 100 pictures |" in claims.to_markdown([row]) and "300 votes of 10 raters" in row.reason
+    other = found["people_prefer_it_to_diffusion_dpo", "inversion_dpo_implied"]
+    assert other.verdict == ledger.NOT_RUN and "not asked" in other.reason
+
+
+def test_the_summary_says_why_a_claim_was_not_run() -> None:
+    study = make_study(prompts=8)
+    text = claims.summary(claims.judge_all(load_evidence(study), ledger.load_claims(CLAIMS)))
+    assert "| no comparison is given | **not run**: the study has no arm inversion_dpo_code_multi_objective |" in text
+    assert len(text.splitlines()) == 2 + len(ledger.load_claims(CLAIMS))
+
+
 def test_inconclusive_says_what_would_settle_it() -> None:
     found = rows(make_study(prompts=24))
     row = found["p_above_q_primary", "p_single"]
     assert row.low is not None and row.high is not None and row.low < 0 < row.high
-    assert row.verdict == claims.INCONCLUSIVE and "would" not in row.would_settle and row.would_settle
+    assert row.verdict == ledger.INCONCLUSIVE and "would" not in row.would_settle and row.would_settle
     assert row.p_holm is not None and row.p_value is not None and row.p_holm >= row.p_value
 
 
 def test_one_seed_decides_nothing_about_a_method() -> None:
     found = rows(make_study(seeds=1))
     row = found["dpo_above_base", ""]
-    assert row.verdict == claims.INCONCLUSIVE and "one training seed" in row.reason
+    assert row.verdict == ledger.INCONCLUSIVE and "one training seed" in row.reason
     assert "; at least 3 training seeds, to know their variance |" in claims.to_markdown([row])
-    assert found["zero_gradient_at_the_reference", "inversion_dpo_paper"].verdict == claims.SUPPORTED
+    assert found["zero_gradient_at_the_reference", "inversion_dpo_paper"].verdict == ledger.SUPPORTED
 
 
 def test_missing_arms_and_scores_are_not_run() -> None:
     found = rows(make_study(scorers=("clip", "hps"), skip=("diffusion_dpo_shuffled",)))
-    assert found["dpo_above_its_shuffled_control", ""].verdict == claims.NOT_RUN
-    assert found["pickscore_above_diffusion_dpo", "inversion_dpo_implied"].verdict == claims.NOT_RUN
+    assert found["dpo_above_its_shuffled_control", ""].verdict == ledger.NOT_RUN
+    assert found["pickscore_above_diffusion_dpo", "inversion_dpo_implied"].verdict == ledger.NOT_RUN
     assert found["dpo_above_base", ""].test["metric"] == "hps"
 
 
@@ -130,10 +241,17 @@ AUDIT = {
 }
 
 
-def measured(seeds: int = 3, precision: dict[str, Any] | None = None, audit: dict[str, Any] | None = None) -> Evidence:
+DISTRIBUTION = {
+    "arms": ["base", "inversion_dpo_implied", "inversion_dpo_code"],
+    "reference": {"world": "shapes", "images": 10},
+}
+INVERSION_ERROR = {"solvers": ["ddim", "renoise"], "steps": [10, 20], "guidance_scales": [1.0, 2.0], "latents": 4}
+
+
+def measured(seeds: int = 3, **experiments: dict[str, Any]) -> Evidence:
     """A study without scores and runs that has these experiments, before any has run."""
     content = make_config(seeds=seeds).model_dump(mode="json")
-    content["experiments"] |= {"precision": precision, "audit": audit}
+    content["experiments"] |= experiments
     return Evidence(StudyConfig.model_validate(content), {}, {})
 
 
@@ -176,10 +294,10 @@ NOISE = {
 }
 
 
-def judged(evidence: Evidence, arms: list[str], **test: Any) -> claims.Verdict:
+def judged(evidence: Evidence, arms: list[str], **test: Any) -> ledger.Verdict:
     settings = {"kind": "agreement", "arms": arms, "policy": "diffusion_dpo", "metric": "spearman"} | test
     content = {"id": "x", "locus": "y", "question": "z", "test": settings}
-    return claims.judge(evidence, claims.Claim.model_validate(content))
+    return claims.judge(evidence, ledger.Claim.model_validate(content))
 
 
 def test_agreement_is_the_precision_tables_at_the_most_steps() -> None:
@@ -191,12 +309,12 @@ def test_agreement_is_the_precision_tables_at_the_most_steps() -> None:
     assert (close.value, close.low, close.high) == pytest.approx(
         (rows["spearman"].mean(), rows["low"].min(), rows["high"].max())
     )
-    assert (close.verdict, close.seeds, close.pairs, close.prompts) == (claims.SUPPORTED, 3, 16, 0)
+    assert (close.verdict, close.seeds, close.pairs, close.prompts) == (ledger.SUPPORTED, 3, 16, 0)
     assert close.seeds_agreeing == 3 and close.p_value is None
     assert close.artifacts == ["results/toy/experiments/precision"]
     mirrored = judged(evidence, ["inversion_dpo_paper"], threshold=0.0)
-    assert mirrored.verdict == claims.NOT_SUPPORTED and mirrored.value is not None and mirrored.value < -0.95
-    assert judged(evidence, ["inversion_dpo_implied"], policy="sft").verdict == claims.NOT_SUPPORTED
+    assert mirrored.verdict == ledger.NOT_SUPPORTED and mirrored.value is not None and mirrored.value < -0.95
+    assert judged(evidence, ["inversion_dpo_implied"], policy="sft").verdict == ledger.NOT_SUPPORTED
     text = claims.to_markdown([close])
     assert "policies of Diffusion-DPO: Inversion-DPO (implied noise), N = 20 |" in text
     assert "| 3 x 16 pairs |" in text and "3 UNet evaluations a latent" in text
@@ -227,10 +345,10 @@ def test_difference_of_correlations_is_paired_by_seed_and_pair() -> None:
 
     expected = np.mean(np.subtract(by_seed("inversion_dpo_implied", 20), by_seed("diffusion_dpo", 1000)))
     assert row.value == pytest.approx(expected) and row.low is not None and row.high is not None
-    assert 0 < row.low < expected < row.high and row.verdict == claims.SUPPORTED
+    assert 0 < row.low < expected < row.high and row.verdict == ledger.SUPPORTED
     assert (row.seeds, row.pairs, row.seeds_agreeing) == (3, 16, 3)
     back = judged(evidence, ["diffusion_dpo", "inversion_dpo_implied"], draws=1)
-    assert (back.low, back.high) == pytest.approx((-row.high, -row.low)) and back.verdict == claims.NOT_SUPPORTED
+    assert (back.low, back.high) == pytest.approx((-row.high, -row.low)) and back.verdict == ledger.NOT_SUPPORTED
     same = judged(evidence, ["diffusion_dpo", "diffusion_dpo"], draws=1)
     assert (same.value, same.low, same.high) == (0, 0, 0), "two surrogates that agree have no spread between them"
 
@@ -245,7 +363,7 @@ def test_difference_of_correlations_varies_over_seeds_as_well() -> None:
     row = judged(evidence, ["inversion_dpo_implied", "diffusion_dpo"], draws=1)
     assert row.low is not None and row.high is not None
     assert row.low < -1.9 and row.high > -0.05 and row.seeds_agreeing is not None and row.seeds_agreeing < 3
-    assert row.verdict != claims.SUPPORTED
+    assert row.verdict != ledger.SUPPORTED
 
 
 def test_order_counts_pairs_as_the_truth_has_them() -> None:
@@ -266,7 +384,7 @@ def test_order_counts_pairs_as_the_truth_has_them() -> None:
     assert "| 0.5 [" in claims.to_markdown([share])
     row = judged(evidence, ["inversion_dpo_implied", "diffusion_dpo"], metric="order")
     assert row.value == pytest.approx(0.5) and (row.low, row.high) == pytest.approx((0, 1))
-    assert row.p_value is not None and row.verdict == claims.INCONCLUSIVE and row.would_settle.endswith(" pairs")
+    assert row.p_value is not None and row.verdict == ledger.INCONCLUSIVE and row.would_settle.endswith(" pairs")
 
 
 def test_agreement_under_one_seed_is_inconclusive() -> None:
@@ -274,7 +392,7 @@ def test_agreement_under_one_seed_is_inconclusive() -> None:
     write_precision(evidence.study, NOISE, {})
     for test in ({}, {"metric": "order"}):
         row = judged(evidence, ["inversion_dpo_implied"], **test)
-        assert row.verdict == claims.INCONCLUSIVE and "one training seed" in row.reason and row.value is not None
+        assert row.verdict == ledger.INCONCLUSIVE and "one training seed" in row.reason and row.value is not None
 
 
 def test_no_pair_with_a_truth_under_every_seed() -> None:
@@ -285,7 +403,7 @@ def test_no_pair_with_a_truth_under_every_seed() -> None:
     assert judged(evidence, ["diffusion_dpo"]).pairs == 10, "the fewest that a seed has, of 16"
     for metric in ("spearman", "order"):
         row = judged(evidence, ["inversion_dpo_implied", "diffusion_dpo"], metric=metric)
-        assert row.verdict == claims.INCONCLUSIVE and row.value is None and "under every seed" in row.reason
+        assert row.verdict == ledger.INCONCLUSIVE and row.value is None and "under every seed" in row.reason
 
 
 def test_a_surrogate_that_never_changes_has_no_correlation() -> None:
@@ -295,7 +413,7 @@ def test_a_surrogate_that_never_changes_has_no_correlation() -> None:
     write_latents(evidence.study, latents)
     for arms in (["inversion_dpo_paper"], ["inversion_dpo_paper", "diffusion_dpo"]):
         row = judged(evidence, arms)
-        assert row.verdict == claims.INCONCLUSIVE and row.value is None and "same for all latents" in row.reason
+        assert row.verdict == ledger.INCONCLUSIVE and row.value is None and "same for all latents" in row.reason
 
 
 def write_gradients(study: StudyConfig, norms: dict[tuple[str, str], list[float]]) -> None:
@@ -315,14 +433,14 @@ def write_gradients(study: StudyConfig, norms: dict[tuple[str, str], list[float]
 @pytest.mark.parametrize(
     ("norms", "lower", "higher"),
     [
-        ([0.0, 0.0, 0.0], claims.SUPPORTED, claims.NOT_SUPPORTED),
-        ([0.0, 0.0, 1e-30], claims.INCONCLUSIVE, claims.INCONCLUSIVE),
-        ([2.0, 3.0, 7.0], claims.NOT_SUPPORTED, claims.SUPPORTED),
+        ([0.0, 0.0, 0.0], ledger.SUPPORTED, ledger.NOT_SUPPORTED),
+        ([0.0, 0.0, 1e-30], ledger.INCONCLUSIVE, ledger.INCONCLUSIVE),
+        ([2.0, 3.0, 7.0], ledger.NOT_SUPPORTED, ledger.SUPPORTED),
     ],
 )
 def test_gradients_of_the_audit(norms: list[float], lower: str, higher: str) -> None:
     evidence = measured(seeds=1, audit=AUDIT)
-    other = [5.0, 5.0, 5.0] if lower == claims.SUPPORTED else [0.0, 0.0, 0.0]
+    other = [5.0, 5.0, 5.0] if lower == ledger.SUPPORTED else [0.0, 0.0, 0.0]
     arm = "inversion_dpo_paper"
     write_gradients(
         evidence.study, {(arm, "none"): other, (arm, "float16"): norms, ("inversion_dpo_code", "none"): other}
@@ -353,7 +471,7 @@ def test_experiments_that_are_lacking_are_not_run(settings: dict, test: dict, re
     if "rounding" in test:
         test = {"kind": "gradient", "policy": None} | test
     row = judged(measured(**settings), test.pop("arms", ["inversion_dpo_paper"]), **test)
-    assert row.verdict == claims.NOT_RUN and re.search(reason, row.reason) and row.reason in claims.to_markdown([row])
+    assert row.verdict == ledger.NOT_RUN and re.search(reason, row.reason) and row.reason in claims.to_markdown([row])
 
 
 def test_missing_and_stale_files_of_an_experiment_name_the_command() -> None:
@@ -382,11 +500,12 @@ def test_the_studies_can_run_every_claim_on_experiments(name: str, monkeypatch: 
     """None of them is `not run` for want of a recipe, a rounding or draws: all ask for files, which are not there."""
     monkeypatch.chdir(ROOT)
     study = load_study(f"config/{name}.yaml").model_copy(update={"study": "nowhere"})
-    asked = [claim for claim in claims.load_claims(CLAIMS) if claim.test.kind == "agreement" or claim.test.rounding]
-    assert len(asked) >= 6
+    kinds = ("agreement", "round_trip", "distribution")
+    asked = [claim for claim in ledger.load_claims(CLAIMS) if claim.test.kind in kinds or claim.test.rounding]
+    assert len(asked) >= 9
     for claim in asked:
-        for variant in claim.variants:
-            with pytest.raises(InvdpoError, match=r"results/nowhere/experiments/\w+/\w+.csv is missing"):
+        for variant in claim.variants or [""]:
+            with pytest.raises(InvdpoError, match=r"results/nowhere/[\w/]+.csv is missing"):
                 claims.judge(Evidence(study, {}, {}), claim, variant)
 
 
@@ -400,11 +519,11 @@ def test_files_are_complete_and_stable() -> None:
     content = json.loads((study.root / "claims.json").read_text())["claims"]
     needed = {"id", "variant", "value", "low", "high", "seeds", "prompts", "artifacts", "command", "verdict"}
     assert all(needed <= set(row) for row in content)
-    ids = {claim.id for claim in claims.load_claims(CLAIMS)}
+    ids = {claim.id for claim in ledger.load_claims(CLAIMS)}
     assert {row["id"] for row in content} == ids
-    assert [asdict(row) for row in claims.read_verdicts(study.root / "claims.json")] == content
+    assert [asdict(row) for row in ledger.read_verdicts(study.root / "claims.json")] == content
     assert {"draws", "policy", "rounding"}.isdisjoint(content[0]["test"]), "settings of other kinds"
-    assert sum(row["test"]["kind"] == "agreement" and row["verdict"] != claims.NOT_RUN for row in content) == 7
+    assert sum(row["test"]["kind"] == "agreement" and row["verdict"] != ledger.NOT_RUN for row in content) == 7
     lines = (study.root / "claims.md").read_text().splitlines()
     assert len(lines) == len(content) + 2
     assert len({line.replace("\\|", "").count("|") for line in lines}) == 1
@@ -440,9 +559,9 @@ def test_bad_claims_files_are_refused(text: str, message: str) -> None:
     path = Path("claims.yaml")
     path.write_text(text)
     with pytest.raises(InvdpoError, match=message):
-        claims.load_claims(path)
+        ledger.load_claims(path)
 
 
 def test_a_missing_claims_file_is_named() -> None:
     with pytest.raises(InvdpoError, match=r"nowhere\.yaml"):
-        claims.load_claims(Path("nowhere.yaml"))
+        ledger.load_claims(Path("nowhere.yaml"))

@@ -8,8 +8,8 @@ import pytest
 
 from invdpo.config import load_study
 from invdpo.errors import InvdpoError
-from invdpo.evidence.claims import load_claims
 from invdpo.evidence.deviations import SOURCE, deviations_page, load_deviations
+from invdpo.evidence.ledger import load_claims
 from invdpo.objectives.recipe import known_methods
 
 ENTRY = """deviations:

@@ -9,7 +9,8 @@ import pandas as pd
 import pytest
 
 from invdpo.config import load_study
-from invdpo.evidence.claims import load_claims, read_verdicts, summary
+from invdpo.evidence.claims import summary
+from invdpo.evidence.ledger import load_claims, read_verdicts
 from invdpo.evidence.publish import BEGIN, END, figures_folder
 from invdpo.evidence.statistics import paired_difference
 from invdpo.provenance import sha256_file

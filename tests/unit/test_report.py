@@ -22,7 +22,7 @@ from PIL import Image
 
 from invdpo.config import StudyConfig
 from invdpo.errors import InvdpoError
-from invdpo.evidence import claims, printing, report, tables
+from invdpo.evidence import claims, ledger, printing, report, tables
 from invdpo.evidence.load import load_evidence
 from invdpo.evidence.statistics import paired_difference
 from invdpo.files import write_json
@@ -226,7 +226,7 @@ def test_the_pages_policy_allows_its_own_script_and_style_alone(study: StudyConf
 
 
 def test_every_verdict_is_there_with_what_lies_behind_it(study: StudyConfig, parts: Parts) -> None:
-    rows = claims.read_verdicts(study.root / "claims.json")
+    rows = ledger.read_verdicts(study.root / "claims.json")
     shown = [a["data-verdict"] for tag, a in parts.tags if tag == "details" and "data-verdict" in a]
     assert sorted(shown) == sorted(row.verdict for row in rows) and len(set(shown)) == 4
     for row in rows:
@@ -237,7 +237,7 @@ def test_every_verdict_is_there_with_what_lies_behind_it(study: StudyConfig, par
 
 
 def test_marks_of_a_claims_readings_share_a_scale(study: StudyConfig) -> None:
-    row = next(row for row in claims.read_verdicts(study.root / "claims.json") if row.value is not None)
+    row = next(row for row in ledger.read_verdicts(study.root / "claims.json") if row.value is not None)
     wide = replace(row, value=0.0, low=-1.0, high=3.0)
     open_ended = replace(row, value=1.0, low=0.5, high=None)
     (group,) = report.verdict_groups([wide, open_ended])

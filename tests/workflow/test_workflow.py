@@ -215,7 +215,7 @@ def test_smoke_runs_and_says_where_the_results_are(copies: tuple[Path, Path]) ->
     files += [f"tables/{name}.md" for name in ("inversion_error", "precision", "audit", "preference_accuracy")]
     files += [f"tables/{name}.csv" for name in ("table2", "win_rates", "over_optimisation", "to_target")]
     files += ["user_study/key.json", "user_study/bundle/manifest.json"]
-    files += [f"figures/{name}.png" for name in ("inversion_error", "inversion_pictures", "precision", "audit")]
+    files += [f"figures/{name}.png" for name in ("inversion_error", "fig_s9", "precision", "audit")]
     for name in files:
         assert (folder / "results" / "smoke" / name).stat().st_size > 0
     verdicts = json.loads((folder / "results" / "smoke" / "claims.json").read_text())["claims"]

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from invdpo.errors import InvdpoError
-from invdpo.evidence.claims import read_verdicts, summary
+from invdpo.evidence.claims import summary
+from invdpo.evidence.ledger import read_verdicts
 from invdpo.evidence.load import load_run
 from invdpo.evidence.printing import write_text
 from invdpo.files import replace_when_done, write_json

@@ -29,18 +29,9 @@ from PIL import Image
 
 from invdpo.config import MEASURED, tuned_file
 from invdpo.errors import InvdpoError
-from invdpo.evidence.claims import (
-    INCONCLUSIVE,
-    NOT_RUN,
-    NOT_SUPPORTED,
-    SUPPORTED,
-    Verdict,
-    measured_text,
-    read_verdicts,
-    size_text,
-    value_text,
-)
+from invdpo.evidence.claims import measured_text, size_text, value_text
 from invdpo.evidence.figures import BLACK, curve_intervals, method_colour
+from invdpo.evidence.ledger import INCONCLUSIVE, NOT_RUN, NOT_SUPPORTED, SUPPORTED, Verdict, read_verdicts
 from invdpo.evidence.load import (
     Evidence,
     arm_title,
