@@ -708,8 +708,8 @@ def load_scorers(path: Path) -> ScorersConfig:
 
 
 def dump_study(study: StudyConfig) -> str:
-    """The resolved study as JSON text; `load_study` reads it back to an equal study."""
-    return json.dumps(study.model_dump(mode="json"), sort_keys=True, indent=2) + "\n"
+    """The resolved study as JSON text; `load_study` reads it back to an equal study, its arms in the same order."""
+    return json.dumps(study.model_dump(mode="json"), indent=2) + "\n"
 
 
 def json_schema() -> str:

@@ -203,6 +203,7 @@ def test_seconds_and_memory_are_in_no_table() -> None:
 
 
 def test_tex_is_balanced_and_escaped() -> None:
+    assert printing.escape_tex("at least 3 ∞ θ₀ √2") == r"at least 3 $\infty$ $\theta$\textsubscript{0} $\surd$2"
     assert printing.escape_tex(r"a_b & 5% {x} \y ~^$#<") == (
         r"a\_b \& 5\% \{x\} \textbackslash{}y \textasciitilde{}\textasciicircum{}\$\#\textless{}"
     )

@@ -65,6 +65,10 @@ def escape_tex(text: str) -> str:
         "<": r"\textless{}",
         ">": r"\textgreater{}",
         "|": r"\textbar{}",
+        "∞": r"$\infty$",
+        "θ": r"$\theta$",
+        "√": r"$\surd$",
+        "₀": r"\textsubscript{0}",
     }
     return "".join(special.get(character, character) for character in text)
 
