@@ -1,5 +1,7 @@
 # make reproduce [STUDY=shapes|smoke|…]   install what is missing, run the study, say where the results are
 #                [ARGS="-n --forcerun tables"]  any options of Snakemake
+# make tables [STUDY=shapes]              every table, figure and verdict of a published study, from its published scores
+#                [ARGS=--publish]         and put what differs in place of what was published
 # make test | lint | bench                tests, checks, speed and memory
 # make mlflow | report [STUDY=…]          open the runs in MLflow, write Snakemake's own report
 # make tune [STUDY=shapes]                the same small grid of learning rate and beta for every method
@@ -13,11 +15,14 @@ export UV_COMPILE_BYTECODE := 1
 RUN := $(UV) run --frozen --no-dev
 DEV := $(UV) run --frozen
 
-.PHONY: reproduce test lint bench mlflow report tune user-study user-study-analysis
+.PHONY: reproduce tables test lint bench mlflow report tune user-study user-study-analysis
 
 reproduce: $(UV)
 	INVDPO_PLACES=later $(RUN) snakemake $(ARGS) --configfile config/$(STUDY).yaml
 	@$(RUN) invdpo results --study config/$(STUDY).yaml
+
+tables: $(UV)
+	$(RUN) invdpo rebuild $(STUDY) $(ARGS)
 
 test: $(UV)
 	OMP_NUM_THREADS=1 $(DEV) pytest -n 2 tests/unit tests/invariant

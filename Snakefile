@@ -62,6 +62,7 @@ rule all:
         rules.speed.output,
         rules.figures.output,
         rules.claims.output if study.claims else [],
+        rules.model_cards.output,
         rules.mlflow.output,
         rules.report.output,
         rules.present.output if STUDIED else [],

@@ -62,6 +62,7 @@ MODULES = {
     "tables": ("evidence/tables", "evidence/comparisons", "evidence/compositional", "evidence/printing", *READING),
     "figures": ("evidence/figures", "evidence/grids", *READING),
     "claims": (*CLAIMS, "evidence/printing", *READING),
+    "model_cards": ("evidence/model_card",),
     "report": ("evidence/report", *CLAIMS, "evidence/figures", "evidence/printing", *READING),
     "mlflow": ("tracking", *READING),
     "tune": ("tuning", *TRAINING, *EVALUATION),

@@ -96,6 +96,22 @@ rule claims:
         "invdpo claims --study {params.study} --log {log}"
 
 
+rule model_cards:
+    input:
+        expand("<results>/runs/{arm}/seed{seed}/{part}", arm=TRAINED, seed=study.seeds, part=["run.json", "unet"]),
+    output:
+        expand("<results>/runs/{arm}/seed{seed}/README.md", arm=TRAINED, seed=study.seeds),
+    log:
+        "<logs>/model_cards.log",
+    params:
+        study=STUDY,
+        code=CODE["model_cards"],
+    message:
+        "model cards of {study.study}"
+    shell:
+        "invdpo model-cards --study {params.study} --log {log}"
+
+
 rule mlflow:
     input:
         scores=SCORES,

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 from PIL import Image
 
 from invdpo.config import StudyConfig
@@ -107,10 +109,18 @@ def make_study(
             frame = pd.DataFrame(rows, columns=[*columns, "scorer_version", "score"])
             path = study.root / "scores" / arm / f"seed{seed}.parquet"
             path.parent.mkdir(parents=True, exist_ok=True)
-            frame.to_parquet(path)
+            noted = {"config_hash": study.arm(arm).hash, "sampling": study.sampling.model_dump(mode="json")}
+            write_scores(path, frame, noted)
             _write_images(study, arm, seed, 0 if arm == "base" else STEPS, prompts)
             _write_run(study, arm, seed, evals)
     return study
+
+
+def write_scores(path: Path, frame: pd.DataFrame, noted: dict | None = None) -> None:
+    """A score file with its provenance; `noted` None: that of the file which is already there."""
+    provenance = json.loads(pq.read_schema(path).metadata[b"provenance"]) if noted is None else noted
+    table = pa.Table.from_pandas(frame, preserve_index=False)
+    pq.write_table(table.replace_schema_metadata({"provenance": json.dumps(provenance)}), path)
 
 
 def _write_images(study: StudyConfig, arm: str, seed: int, step: int, prompts: int) -> None:
@@ -132,7 +142,7 @@ def _write_images(study: StudyConfig, arm: str, seed: int, step: int, prompts: i
 def _write_run(study: StudyConfig, arm: str, seed: int, evals: int) -> None:
     run = study.root / "runs" / arm / f"seed{seed}"
     run.mkdir(parents=True, exist_ok=True)
-    record = {"started": 1_750_000_000.0, "config_hash": "0123456789abcdef", "git_commit": "abc", "git_dirty": False,
+    record = {"started": 1_750_000_000.0, "config_hash": study.arm(arm).hash, "git_commit": "abc", "git_dirty": False,
               "lock_hash": "l", "device": "cpu", "wall_seconds": 12.5, "unet_evals": evals * STEPS}  # fmt: skip
     (run / "run.json").write_text(json.dumps(record))
     if arm == "base":

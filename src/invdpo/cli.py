@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -400,6 +401,15 @@ def report(study: StudyOption, log_file: LogOption = None) -> None:
 
 
 @app.command()
+def model_cards(study: StudyOption, log_file: LogOption = None) -> None:
+    """Write a model card beside every run's weights: root/runs/ARM/seedK/README.md."""
+    config = _start(study, 1, log_file)
+    from invdpo.evidence.model_card import write
+
+    write(config)
+
+
+@app.command()
 def mlflow(study: StudyOption, log_file: LogOption = None) -> None:
     """Bring root/mlflow.db in line with the results."""
     config = _start(study, None, log_file)
@@ -469,6 +479,66 @@ def publish(study: StudyOption, log_file: LogOption = None) -> None:
     from invdpo.evidence.publish import publish as run
 
     run(config)
+
+
+@app.command()
+def rebuild(
+    name: Annotated[str, typer.Argument(help="A published study, a folder of results/reference/.")],
+    out: Annotated[Path | None, typer.Option(help="Default: results/NAME_from_reference.")] = None,
+    publish: Annotated[
+        bool, typer.Option("--publish", help="Then publish what was made, in place of what was published.")
+    ] = False,
+) -> None:
+    """Make every table, figure and verdict of a published study again from its published scores, and compare.
+
+    Exit code 1 where something differs and is not published anew.
+    """
+    _log_to(None)
+    _use_threads(1)  # small products, which threads only slow down
+    from invdpo.evidence.publish import publish as put
+    from invdpo.evidence.rebuild import rebuild as run
+
+    found = run(name, out)
+    typer.echo(found.text())
+    if publish:
+        put(found.study)
+        typer.echo("published; see `git diff --stat`")
+    elif not found.same:
+        raise typer.Exit(1)
+
+
+@app.command()
+def trace(
+    what: Annotated[
+        str,
+        typer.Argument(
+            help="TABLE:ROW:COLUMN, a file of results/STUDY/ or of results/reference/STUDY/ (a table's also with "
+            ":ROW:COLUMN), claim:ID[:VARIANT], or a number. Rows and columns by their name in the csv file or in "
+            "print, for example table1:Diffusion-DPO:PickScore."
+        ),
+    ],
+    study: Annotated[Path, typer.Option(help="YAML of the study.")] = Path("config/shapes.yaml"),
+    reference: Annotated[bool, typer.Option("--reference", help="In the published results of that study.")] = False,
+    seed: Annotated[
+        int | None, typer.Option(help="Name one image: of this training seed (default: the first),")
+    ] = None,
+    prompt: Annotated[int | None, typer.Option(help="of this prompt, by its number.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Walk from a number to its statistic, scores, images, weights, recipe, data, code and the commands behind it."""
+    _log_to(None)
+    _use_threads(1)
+    from invdpo.evidence import trace as tracing
+    from invdpo.evidence.lineage import OneImage
+
+    address, placed = tracing.place(what, study, reference)
+    found = tracing.trace(address, placed, OneImage(seed, prompt))
+    if as_json:
+        typer.echo(json.dumps([one.content() for one in found], indent=2, ensure_ascii=False, default=str))
+    elif len(found) > 1:
+        typer.echo("\n".join(f"{one.address} = {one.value}" for one in found))
+    else:
+        typer.echo(found[0].text())
 
 
 @app.command()

@@ -22,6 +22,7 @@ from pydantic import (
     Field,
     PositiveFloat,
     PositiveInt,
+    PrivateAttr,
     ValidationError,
     ValidationInfo,
     WithJsonSchema,
@@ -468,10 +469,18 @@ class StudyConfig(Strict):
         None, description="a blind study with people; its keys are those of user_study_app/settings.py"
     )
 
+    _root: Path | None = PrivateAttr(None)
+
     @property
     def root(self) -> Path:
         """The folder of this study's results."""
-        return Path("results") / self.study
+        return self._root or Path("results") / self.study
+
+    def placed(self, root: Path) -> StudyConfig:
+        """The same study with its results in another folder."""
+        study = self.model_copy()
+        study._root = root
+        return study
 
     def awaits_tuning(self, name: str) -> bool:
         """Whether an arm uses values that the study's own grid chooses and has not chosen yet."""

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from invdpo.config import StudyConfig
 
-__all__ = ["code_hash", "lock_hash", "sha256_file", "stamp", "verify_checksums", "write_json"]
+__all__ = ["code_hash", "lock_hash", "sha256_file", "stamp", "verify_checksums", "weights_hashes", "write_json"]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LIBRARIES = ("torch", "diffusers", "transformers", "open_clip_torch", "numpy")
@@ -145,6 +145,11 @@ def sha256_file(path: Path) -> str:
     """Hex digest of a file's content."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def weights_hashes(run: Path) -> dict[str, str]:
+    """sha256 of the weights of a run's last checkpoint, by path below the run's folder; none where there are none."""
+    return {str(path.relative_to(run)): sha256_file(path) for path in sorted((run / "unet").glob("*.safetensors"))}
 
 
 def read_checksums(path: Path) -> dict[str, str]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pandas as pd
 import pytest
-from evidence_fixture import make_study
+from evidence_fixture import make_study, write_scores
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 
@@ -32,7 +32,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StudyConfig]:
         for path in (study.root / "scores").rglob("*.parquet"):
             rows = pd.read_parquet(path)
             rows.loc[rows["prompt_id"] == 3, "prompt"] = HOSTILE
-            rows.to_parquet(path)
+            write_scores(path, rows)
         tables.write(study)
         claims.write(study)
         report.write(study)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from evidence_fixture import make_config, make_study
+from evidence_fixture import make_config, make_study, write_scores
 from scipy.stats import spearmanr
 
 from invdpo.config import StudyConfig, load_study
@@ -104,7 +104,7 @@ def test_a_dip_is_the_first_checkpoint_below_the_base() -> None:
     for path in (study.root / "scores/diffusion_dpo").glob("*.parquet"):
         frame = pd.read_parquet(path)
         frame.loc[frame["step"] == 10, "score"] -= 0.05
-        frame.to_parquet(path)
+        write_scores(path, frame)
     row = rows(study)["early_dip_of_diffusion_dpo", "diffusion_dpo"]
     assert row.verdict == ledger.SUPPORTED and row.value is not None and row.high is not None and row.high < 0
     assert "first checkpoint minus base: Diffusion-DPO" in claims.to_markdown([row])

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from evidence_fixture import SPREAD, make_config, make_study
+from evidence_fixture import SPREAD, make_config, make_study, write_scores
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -51,7 +51,7 @@ def test_quantiles_are_found_from_the_best_to_the_worst_and_none_twice() -> None
 def test_figure_1_has_rows_at_quantiles_of_the_primary_gain_and_the_right_scores() -> None:
     study = make_study()
     evidence = load_evidence(study)
-    figure = grids.fig1(evidence)
+    figure = grids.draw(evidence, "fig1")
     expected = grids.at_quantiles(gain(study, "oracle_utility"), grids.evenly(4))
     keys = [int(evidence.scores["base"].prompts[place][1]) for place in expected]
     assert prompts_of(figure) == keys
@@ -65,7 +65,7 @@ def test_figure_1_has_rows_at_quantiles_of_the_primary_gain_and_the_right_scores
 
 def test_a_picture_is_that_of_its_arm_and_prompt() -> None:
     study = make_study()
-    figure = grids.fig4(load_evidence(study))
+    figure = grids.draw(load_evidence(study), "fig4")
     rows = prompts_of(figure)
     for number, panel in enumerate(panel for panel in figure.axes if panel.images):
         prompt, arm = rows[number // len(ARMS)], ARMS[number % len(ARMS)]
@@ -76,7 +76,7 @@ def test_a_picture_is_that_of_its_arm_and_prompt() -> None:
 
 def test_figure_4_goes_by_the_aesthetic_gain_alone() -> None:
     study = make_study()
-    figure = grids.fig4(load_evidence(study))
+    figure = grids.draw(load_evidence(study), "fig4")
     keys = [int(key) for _, key in load_evidence(study).scores["base"].prompts]
     assert prompts_of(figure) == [keys[place] for place in grids.at_quantiles(gain(study, "aesthetic"), grids.ENDS)]
     assert "95th, 50th, 5th percentiles of the gain in Aesthetic" in " ".join(figure.texts[-1].get_text().split())
@@ -86,9 +86,9 @@ def test_figure_5_leaves_out_prompts_without_a_scene_graph() -> None:
     study = make_study((*SPREAD, "oracle_sg_iou"))
     for path in study.root.glob("scores/*/*.parquet"):  # every second prompt has no relation
         frame = pd.read_parquet(path)
-        frame[(frame["scorer"] != "oracle_sg_iou") | (frame["prompt_id"] % 2 == 1)].to_parquet(path)
+        write_scores(path, frame[(frame["scorer"] != "oracle_sg_iou") | (frame["prompt_id"] % 2 == 1)])
     evidence = load_evidence(study)
-    figure = grids.fig5(evidence)
+    figure = grids.draw(evidence, "fig5")
     assert len(prompts_of(figure)) == len(grids.SPREAD) and all(prompt % 2 for prompt in prompts_of(figure))
     judged = evidence.scores[LAST].judged["oracle_sg_iou"]
     place = grids.at_quantiles(gain(study, "oracle_sg_iou"), grids.SPREAD)[0]
@@ -100,14 +100,14 @@ def test_failures_are_the_lowest_scores_of_the_last_arm() -> None:
     study = make_study()
     evidence = load_evidence(study)
     final = evidence.final(LAST, "oracle_utility")[0]
-    found = prompts_of(grids.fig_s10(evidence))
+    found = prompts_of(grids.draw(evidence, "fig_s10"))
     worst = [int(evidence.scores[LAST].prompts[place][1]) for place in np.argsort(final)[: grids.FAILURES]]
     assert found == worst
 
 
 def test_more_samples_run_from_the_best_to_the_worst_of_the_last_arm() -> None:
     study = make_study(prompts=60)
-    shown = cells(grids.fig_s6(load_evidence(study)))
+    shown = cells(grids.draw(load_evidence(study), "fig_s6"))
     values = [float(" ".join(words).split(" · ")[0]) for words in shown]
     assert len(values) == grids.EXAMPLES and values == sorted(values, reverse=True)
     final = load_evidence(study).final(LAST, "oracle_utility")[0]
@@ -119,14 +119,14 @@ def test_a_missing_picture_is_named() -> None:
     path = study.root / "images" / LAST / "seed0.parquet"
     pd.read_parquet(path).head(0).to_parquet(path)
     with pytest.raises(InvdpoError, match=f"{LAST}/seed0.parquet: no image of prompt"):
-        grids.fig1(load_evidence(study))
+        grids.draw(load_evidence(study), "fig1")
 
 
 @pytest.mark.parametrize("skip", [ARMS[1:], tuple(make_config().arms)])
 def test_what_cannot_be_drawn_says_so(skip: tuple[str, ...]) -> None:
     study = make_study(skip=skip)
     assert len(grids.write(study)) == 10
-    assert "Fewer than two arms" in grids.fig1(load_evidence(study)).axes[0].texts[0].get_text()
+    assert "Fewer than two arms" in grids.draw(load_evidence(study), "fig1").axes[0].texts[0].get_text()
 
 
 def test_the_same_scores_and_pictures_give_the_same_bytes() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -22,6 +24,86 @@ STUDIES = sorted(path.name for path in REFERENCE.parent.iterdir())
 def test_the_readmes_verdicts_are_those_of_the_reference_run() -> None:
     block = Path("README.md").read_text().split(BEGIN)[1].split(END)[0]
     assert block.strip() == summary(read_verdicts(REFERENCE / "claims.json")).strip()
+
+
+# Row of README's table of the other methods -> the arms that it gives numbers of.
+OTHER_METHODS = {
+    "SmPO": ["smpo"],
+    "Diffusion-DPO": ["diffusion_dpo"],
+    "Diffusion-NPO": ["diffusion_npo"],
+    "DDIM-InPO": ["ddim_inpo"],
+    "Eq. 11 of Inversion-DPO, without its step to Eq. 16": ["inversion_dpo_exact"],
+    "Diffusion-KTO": ["diffusion_kto"],
+    "MaPO, SFT": ["mapo", "sft"],
+    "DSPO": ["dspo"],
+    "DPO on the true log-ratio, 48 pairs a run": ["likelihood_dpo"],
+    "Eq. 16 with DPO's sign, fp16 start": ["inversion_dpo_minus_rounded"],
+    "Eq. 16 as printed, same values": ["inversion_dpo_paper_as_minus"],
+}
+MEAN_CORRELATION = re.compile(
+    r"mean rank correlation is ([\d.]+) for the implied noise on inverted points, ([\d.]+) for Diffusion-DPO's mean "
+    r"of eight draws, ([\d.]+) for Eq. 11 and ([\d.]+) for Eq. 16 with DPO's sign, and at most ([\d.]+) for any of "
+    r"them on the policies that DPO on the true log-ratio made"
+)
+
+
+def readme() -> str:
+    """README on one line."""
+    return " ".join(Path("README.md").read_text().split())
+
+
+def is_printed(text: str, value: float) -> bool:
+    """Whether a number in print is that value, to the decimals that are printed."""
+    return abs(float(text) - value) <= 0.5 * 10.0 ** -len(text.partition(".")[2]) * (1 + 1e-9)
+
+
+def rows_of(table: str, **wanted: str) -> list[dict[str, str]]:
+    """The rows of a csv file of the other methods' study with those values."""
+    with (REFERENCE.parent / "shapes_methods/tables" / f"{table}.csv").open(newline="") as file:
+        return [row for row in csv.DictReader(file) if wanted.items() <= row.items()]
+
+
+def difference(labels: str, arm: str, column: str) -> list[float]:
+    """A difference of the hidden utility in the other methods' controls, with its interval."""
+    (row,) = rows_of("controls", method=arm, labels=labels, scorer="oracle_utility")
+    return [float(row[f"{column}{end}"]) for end in ("", "_low", "_high")]
+
+
+def test_the_readmes_other_methods_are_those_of_the_reference_run() -> None:
+    table = Path("README.md").read_text().split("true labels minus shuffled |\n")[1].split("\n\n")[0]
+    rows = {cells[0]: cells[1:] for line in table.splitlines()[1:] if (cells := line.strip("| ").split(" | "))}
+    assert set(rows) == set(OTHER_METHODS)
+    for name, (gains, margins) in rows.items():
+        arms = OTHER_METHODS[name]
+        measured = [value for arm in arms for value in difference("true", arm, "minus_base")]
+        measured += [value for arm in arms for value in difference("shuffled", arm, "true_minus_control")]
+        printed = re.findall(r"[-+][\d.]+", f"{gains} {margins}")
+        assert len(printed) == len(measured)
+        for text, value in zip(printed, measured, strict=True):
+            assert is_printed(text, value), (name, text, value)
+
+
+def test_the_readmes_correlations_are_those_of_the_reference_run() -> None:
+    def correlations(**wanted: str) -> list[float]:
+        rows = rows_of("precision", **wanted)
+        return [float(row["spearman"]) for row in rows if row["recipe"] != "likelihood_dpo"]  # the truth itself
+
+    recipes = ["inversion_dpo_implied", "diffusion_dpo", "inversion_dpo_exact", "inversion_dpo_minus"]
+    draws = {"diffusion_dpo": "8"}
+    by_recipe = [correlations(recipe=recipe, draws=draws.get(recipe, "1")) for recipe in recipes]
+    assert {len(values) for values in by_recipe} == {7}, "policies"
+    measured = [sum(values) / len(values) for values in by_recipe] + [max(correlations(arm="likelihood_dpo"))]
+    found = MEAN_CORRELATION.search(readme())
+    assert found is not None
+    for text, value in zip(found.groups(), measured, strict=True):
+        assert is_printed(text, value), (text, value)
+
+
+def test_the_readmes_loss_with_dpos_sign_is_that_of_the_reference_run() -> None:
+    found = re.search(r"the chosen point lowers it by ([\d.]+) \[([\d.]+), ([\d.]+)\]", readme())
+    assert found is not None
+    value, low, high = difference("true", "inversion_dpo_minus_rounded", "minus_base")
+    assert all(map(is_printed, found.groups(), (-value, -high, -low)))
 
 
 @pytest.mark.parametrize("study", STUDIES)
@@ -49,12 +131,13 @@ def test_every_claim_is_judged_and_none_by_another_rule() -> None:
 @pytest.mark.parametrize("name", STUDIES)
 def test_the_reference_run_used_the_committed_study(name: str) -> None:
     study = load_study(f"config/{name}.yaml")
-    runs = json.loads((REFERENCE.parent / name / "provenance.json").read_text())["runs"]
-    assert set(runs) == set(study.arms)
-    for arm_name, seeds in runs.items():
-        assert set(seeds) == {f"seed{seed}" for seed in study.seeds}
+    folder = REFERENCE.parent / name / "runs"
+    assert {path.name for path in folder.iterdir()} == set(study.arms)
+    for arm_name in study.arms:
+        runs = {path.parent.name: json.loads(path.read_text()) for path in (folder / arm_name).glob("*/run.json")}
+        assert set(runs) == {f"seed{seed}" for seed in study.seeds}
         arm = study.arm(arm_name)
-        for run in seeds.values():
+        for run in runs.values():
             assert not run["git_dirty"]
             assert (run["method"], run["labels"]) == (arm.method, arm.labels)
             if arm.trains:

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from evidence_fixture import SPREAD, make_config, make_study
+from evidence_fixture import SPREAD, make_config, make_study, write_scores
 
 from invdpo.config import DistributionConfig, StudyConfig
 from invdpo.errors import InvdpoError
-from invdpo.evidence import figures, printing, publish, tables
+from invdpo.evidence import claims, compositional, figures, ledger, printing, publish, tables
 from invdpo.evidence.load import arm_title, load_evidence, load_scores
 from invdpo.evidence.statistics import Interval
 
@@ -79,6 +79,7 @@ reference_images,features,rank,reference_rank
 base,0,8.5,14.5,0.2,0.1,0.9,0.8,24,100,64,23,64
 diffusion_dpo,0,10,10,0.3,0.1,0.9,0.8,24,100,64,23,64
 diffusion_dpo,1,11,12,0.4,0.3,0.7,0.8,24,100,64,22,64
+diffusion_dpo,2,10.5,11,0.35,0.2,0.8,0.8,24,100,64,22,64
 """
 
 
@@ -100,7 +101,7 @@ def study_with_sets() -> StudyConfig:
                 for name in ("sg_iou", "entity_iou", "relation_iou", "dpg_score")
             ]
             new += [own[own["prompt_id"] < 10].assign(scorer="oracle_geneval_counting", score=0.0 if worse else 1.0)]
-            pd.concat([rows, *new], ignore_index=True).to_parquet(path)
+            write_scores(path, pd.concat([rows, *new], ignore_index=True))
     return study
 
 
@@ -120,6 +121,18 @@ def test_table2_has_sets_over_seeds_scene_graphs_and_the_paper() -> None:
     assert "| Inversion-DPO (released code) | not run | not run |" in text
     assert "24 images of each training seed against 100 reference images" in text
     assert "rank 22 to 23 (not full: more than 64 images are needed)" in text
+
+
+def test_sets_of_images_are_not_averaged_over_fewer_seeds() -> None:
+    study = study_with_sets()
+    (study.root / "distribution.csv").write_text(DISTRIBUTION.replace("diffusion_dpo,1", "diffusion_dpo,7"))
+    table = compositional.table2(load_evidence(study))
+    printing.write_table(Path(), "table2", table)
+    rows = {row["arm"]: row for row in read(Path("table2.csv"))}
+    assert rows["diffusion_dpo"]["fid_standard"] == "" and rows["diffusion_dpo"]["sg_iou"] == "0.75"
+    text = Path("table2.md").read_text()
+    assert "| Diffusion-DPO | seed 1 missing | seed 1 missing |" in text
+    assert "`invdpo distribution --study config/toy.yaml`" in text
 
 
 def test_composition_table_counts_only_prompts_that_ask() -> None:
@@ -145,7 +158,7 @@ def test_task_scores_must_be_complete(fault: str) -> None:
     broken = (
         rows.drop(counted.index[-1:]) if fault == "a seed is missing" else pd.concat([rows, counted], ignore_index=True)
     )
-    broken.to_parquet(path)
+    write_scores(path, broken)
     with pytest.raises(InvdpoError, match="geneval_counting is missing|twice"):
         load_evidence(study)
 
@@ -154,9 +167,12 @@ def test_what_has_not_run_says_so() -> None:
     study = make_study(skip=("inversion_dpo_code", "q_single", "diffusion_dpo_swapped", "p_single_n10"))
     tables.write(study)
     rows = {row["arm"]: row for row in read(study.root / "tables/table1.csv")}
-    assert rows["inversion_dpo_code"]["status"] == "not run" and rows["inversion_dpo_code"]["pickscore"] == ""
+    assert (
+        rows["inversion_dpo_code"]["status"].startswith("not run: invdpo train")
+        and rows["inversion_dpo_code"]["pickscore"] == ""
+    )
     assert rows["diffusion_dpo"]["status"] == "ok"
-    assert read(study.root / "tables/table_s5.csv")[2]["status"] == "not run"
+    assert read(study.root / "tables/table_s5.csv")[2]["status"].startswith("not run: invdpo train")
     assert "not run" in (study.root / "tables/controls.md").read_text()
     figures.write(study)
 
@@ -165,7 +181,7 @@ def test_nothing_run_at_all_still_gives_every_file() -> None:
     study = make_study(skip=tuple(make_config().arms))
     tables.write(study)
     assert len(figures.write(study)) == 12
-    assert {row["status"] for row in read(study.root / "tables/table1.csv")} == {"not run"}
+    assert all(row["status"].startswith("not run: ") for row in read(study.root / "tables/table1.csv"))
 
 
 def test_a_score_in_another_unit_is_in_no_table(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,11 +254,9 @@ def test_intervals_in_print(interval: Interval, sign: bool, text: str) -> None:
 
 def test_incomplete_scores_are_refused() -> None:
     study = make_study()
-    import pandas as pd
-
     path = study.root / "scores/sft/seed1.parquet"
     frame = pd.read_parquet(path)
-    frame.iloc[:-3].to_parquet(path)
+    write_scores(path, frame.iloc[:-3])
     with pytest.raises(InvdpoError, match="sft.*missing"):
         load_evidence(study)
     path.write_bytes(b"not parquet")
@@ -252,13 +266,85 @@ def test_incomplete_scores_are_refused() -> None:
 
 def test_different_prompts_are_never_paired() -> None:
     study = make_study()
-    import pandas as pd
-
     for path in (study.root / "scores/sft").glob("*.parquet"):
         frame = pd.read_parquet(path)
-        frame[frame["prompt_id"] != 3].to_parquet(path)
+        write_scores(path, frame[frame["prompt_id"] != 3])
     with pytest.raises(InvdpoError, match="different prompts"):
         load_evidence(study).paired("sft", "base", "clip")
+
+
+def test_a_missing_seed_is_said_in_the_cell_and_averages_nothing() -> None:
+    study = make_study()
+    (study.root / "scores/diffusion_dpo/seed2.parquet").unlink()
+    tables.write(study)
+    rows = {row["arm"]: row for row in read(study.root / "tables/table1.csv")}
+    row, command = rows["diffusion_dpo"], "invdpo evaluate --study config/toy.yaml --arm diffusion_dpo --seed 2"
+    assert row["status"] == f"seed 2 missing: {command}"
+    assert row["pickscore"] == row["unet_evals"] == "" and rows["sft"]["status"] == "ok"
+    text = (study.root / "tables/table1.md").read_text()
+    assert f"\n\nDiffusion-DPO, seed 2 missing: {command}\n\n" in text
+    assert "| Diffusion-DPO | seed 2 missing | seed 2 missing |" in text
+    assert "Diffusion-DPO: seed 2 missing" not in text and "| SFT | not run" not in text
+    claims.write(study)
+    verdict = next(row for row in ledger.read_verdicts(study.root / "claims.json") if row.id == "dpo_above_base")
+    assert verdict.verdict == ledger.NOT_RUN and command in verdict.reason and verdict.value is None
+    (study.root / "runs/diffusion_dpo/seed2/run.json").unlink()
+    lack = load_evidence(study).lack("diffusion_dpo")
+    assert lack is not None and lack.command.startswith("invdpo train --study config/toy.yaml") and "&&" in lack.command
+
+
+def test_a_missing_scorer_and_a_missing_log_are_said() -> None:
+    study = make_study()
+    for path in (study.root / "scores/sft").glob("*.parquet"):
+        frame = pd.read_parquet(path)
+        write_scores(path, frame[frame["scorer"] != "clip"])
+    (study.root / "runs/q_single/seed1/train.jsonl").unlink()
+    tables.write(study)
+    row = read(study.root / "tables/table1.csv")[1]
+    assert row["arm"] == "sft" and row["clip"] == "" and row["pickscore"] != ""
+    assert row["status"] == "no CLIP: invdpo evaluate --study config/toy.yaml --arm sft"
+    text = (study.root / "tables/table1.md").read_text()
+    assert "SFT, no CLIP: invdpo evaluate" in text and "| no CLIP |" in text
+    spent = {row["arm"]: row["unet_evals"] for row in read(study.root / "tables/costs.csv")}
+    assert spent["q_single"] == "" and spent["p_single"] != ""
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"config_hash": "feedfeedfeedfeed"}, r"scores/sft.*configurations.*seed1.parquet"),
+        ({"sampling": {"steps": 6}}, r"scores/sft.*settings of sampling.*seed1.parquet"),
+    ],
+)
+def test_scores_of_different_origin_in_one_folder_are_refused(change: dict, words: str) -> None:
+    study = make_study()
+    path = study.root / "scores/sft/seed1.parquet"
+    noted = {"config_hash": study.arm("sft").hash, "sampling": study.sampling.model_dump(mode="json")}
+    write_scores(path, pd.read_parquet(path), noted | change)
+    with pytest.raises(InvdpoError, match=words):
+        load_evidence(study)
+
+
+def test_other_versions_of_a_scorer_are_refused_within_an_arm_and_between_arms() -> None:
+    study = make_study()
+    files = sorted((study.root / "scores/sft").glob("*.parquet"))
+    for count, path in enumerate(files, start=1):
+        frame = pd.read_parquet(path)
+        frame.loc[frame["scorer"] == "clip", "scorer_version"] = "2"
+        write_scores(path, frame)
+        words = "seed0.parquet" if count < len(files) else "arms scored by different versions of clip.*sft"
+        with pytest.raises(InvdpoError, match=words):
+            load_evidence(study)
+
+
+def test_scores_of_another_configuration_or_sampling_than_the_studys_are_refused() -> None:
+    study = make_study()
+    other = study.model_copy(update={"sampling": study.sampling.model_copy(update={"steps": 9})})
+    with pytest.raises(InvdpoError, match="sampled with.*invdpo evaluate"):
+        load_evidence(other)
+    other = study.model_copy(update={"training": study.training.model_copy(update={"batch": 4})})
+    with pytest.raises(InvdpoError, match="another configuration of this arm.*invdpo train"):
+        load_evidence(other)
 
 
 def test_scores_of_other_seeds_are_left_out() -> None:
@@ -283,8 +369,6 @@ def test_labels_are_moved_apart_but_stay_inside() -> None:
 
 
 def test_publish_copies_and_rewrites_the_readme() -> None:
-    from invdpo.evidence import claims
-
     study = make_study()
     readme = Path("README.md")
     readme.write_text(f"# Title\n{publish.BEGIN}\nold\n{publish.END}\nrest\n")
@@ -314,8 +398,6 @@ def test_publish_copies_and_rewrites_the_readme() -> None:
 
 
 def test_another_study_is_published_beside_the_one_that_judges_the_claims() -> None:
-    from invdpo.evidence import claims
-
     first = make_study()
     second = first.model_copy(
         update={
@@ -351,10 +433,3 @@ def test_another_study_is_published_beside_the_one_that_judges_the_claims() -> N
     assert readme.read_text() == verdicts
     assert Path("paper_figures/fig3.png").read_text() == "toy"
     assert Path("paper_figures/methods/fig3.png").read_text() == "methods"
-
-
-def test_scores_too_large_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    study = make_study()
-    monkeypatch.setattr(publish, "MAX_SCORES_BYTES", 10_000)
-    assert publish._pack_scores(study.root / "scores", Path("out")) == []
-    assert not Path("out").exists()

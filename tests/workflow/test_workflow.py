@@ -182,6 +182,7 @@ STAGES = {
     "tables": "evidence/tables",
     "figures": "evidence/figures",
     "claims": "evidence/claims",
+    "model_cards": "evidence/model_card",
     "report": "evidence/report",
     "mlflow": "tracking/__init__",
     "tune": "tuning",
@@ -214,7 +215,7 @@ def test_smoke_runs_and_says_where_the_results_are(copies: tuple[Path, Path]) ->
     files = ["tables/table1.csv", "figures/fig3.pdf", "claims.json", "mlflow.db", "distribution.csv", "report.html"]
     files += [f"tables/{name}.md" for name in ("inversion_error", "precision", "audit", "preference_accuracy")]
     files += [f"tables/{name}.csv" for name in ("table2", "win_rates", "over_optimisation", "to_target")]
-    files += ["user_study/key.json", "user_study/bundle/manifest.json"]
+    files += ["user_study/key.json", "user_study/bundle/manifest.json", "runs/diffusion_dpo/seed0/README.md"]
     files += [f"figures/{name}.png" for name in ("inversion_error", "fig_s9", "precision", "audit")]
     for name in files:
         assert (folder / "results" / "smoke" / name).stat().st_size > 0

@@ -33,7 +33,7 @@ from invdpo.evidence.ledger import (
     one_seed,
     settle_text,
 )
-from invdpo.evidence.load import Evidence, arm_title, load_evidence, scorer_title, step_families
+from invdpo.evidence.load import Evidence, arm_title, config_file, load_evidence, scorer_title, step_families
 from invdpo.evidence.printing import write_text
 from invdpo.evidence.statistics import LEVEL, cost_to_target, holm, mean_interval, settling_size
 from invdpo.files import write_json
@@ -94,9 +94,9 @@ def judge(evidence: Evidence, claim: Claim, variant: str = "") -> Verdict:
     if test.kind in LOGGED:
         return _judge_log(evidence, test, row)
     row = replace(row, artifacts=[f"results/{study.study}/scores/{arm}" for arm in test.arms])
-    unscored = [arm for arm in test.arms if not evidence.has(arm, metric)]
-    if unscored:
-        return replace(row, reason=f"{', '.join(unscored)}: no {metric} scores")
+    lacks = [f"{arm}: {lack.what} (`{lack.command}`)" for arm in test.arms if (lack := evidence.lack(arm, metric))]
+    if lacks:
+        return replace(row, reason="; ".join(lacks))
     if test.kind in ("difference", "trend"):
         return _judge_difference(evidence, test, metric, row)
     judges = {"speed": _judge_speed, "rise": _judge_rise, "dip": _judge_dip}
@@ -198,8 +198,10 @@ def _judge_log(evidence: Evidence, test: Test, row: Verdict) -> Verdict:
     found: list[dict[int, float]] = []
     for arm in test.arms:
         logs = {seed: log for seed, log in evidence.logs.get(arm, {}).items() if len(log) and set(columns) <= set(log)}
-        if not logs:
-            return replace(row, reason=f"{arm}: no training log")
+        missing = [str(seed) for seed in study.seeds if seed not in logs]
+        if missing:
+            command = f"invdpo train --study {config_file(study)} --arm {arm}"
+            return replace(row, reason=f"{arm}: no training log of seed {', '.join(missing)} (`{command}`)")
         found.append({seed: float(measure(*(log[column] for column in columns))) for seed, log in logs.items()})
     if len(found) == 1:
         values = list(found[0].values())

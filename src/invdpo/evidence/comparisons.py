@@ -15,7 +15,7 @@ import numpy as np
 
 from invdpo.errors import InvdpoError
 from invdpo.evidence.load import Evidence, arm_title, baseline_arm, comparison_arms, scorer_title
-from invdpo.evidence.printing import NOT_RUN, Block, Table, format_interval, record_of, triple
+from invdpo.evidence.printing import Block, Table, format_interval, record_of, triple
 from invdpo.evidence.statistics import (
     ALPHA,
     Interval,
@@ -129,10 +129,10 @@ def difference_record(prefix: str, found: Difference | None) -> dict[str, Any]:
     }
 
 
-def difference_text(found: Difference | None) -> str:
-    """In print: the interval, starred where it is told from zero."""
+def difference_text(evidence: Evidence, scorer: str, found: Difference | None, *arms: str | None) -> str:
+    """In print: the interval, starred where it is told from zero; without one, what is missing of the arms."""
     if found is None:
-        return NOT_RUN
+        return evidence.absent(scorer, *arms)
     return format_interval(found.interval, sign=True) + (" *" if found.told else "")
 
 
@@ -207,12 +207,13 @@ def win_rates(evidence: Evidence) -> Table:
     for scorer in scorers:
         cells = {}
         for first, second in pairs:
-            record: dict[str, Any] = {"scorer": scorer, "arm": first, "against": second, "status": NOT_RUN}
+            record: dict[str, Any] = {"scorer": scorer, "arm": first, "against": second}
+            record["status"] = evidence.status(scorer, first, second)
             values = tables.get((first, second, scorer))
-            cells[first, second] = NOT_RUN
+            cells[first, second] = evidence.absent(scorer, first, second)
             if values is not None:
                 rate, p = mean_interval(values + 0.5), adjusted[first, second, scorer]
-                record |= {"status": "ok", "seeds": rate.seeds, "prompts": rate.prompts, "p_holm": p}
+                record |= {"seeds": rate.seeds, "prompts": rate.prompts, "p_holm": p}
                 record |= record_of("win_rate", rate) | {"ties": float((values == 0).mean())}
                 cells[first, second] = marked(format_interval(rate), BEST if p < ALPHA else "")
             records.append(record)
@@ -223,6 +224,7 @@ def win_rates(evidence: Evidence) -> Table:
         "Share of training seeds and prompts in which the row's picture scores higher than the column's, on the same "
         "prompt and noise. Bold: told from one half at 5 % (t-test with seeds and prompts random, Holm over all pairs "
         "and scores).",
+        *evidence.missing(arms),
     ]
     return Table("Win rates between methods", notes, records, columns, blocks)
 
@@ -260,8 +262,9 @@ def over_optimisation(evidence: Evidence) -> Table:
         curves = [evidence.from_base(arm, s) if evidence.has(arm, s) else None for s in judged]
         known = [curve for curve in curves if curve is not None]
         if len(known) < len(judged):
-            records.append({"arm": arm, "status": NOT_RUN})
-            finals.append([arm_title(arm), *[NOT_RUN] * (len(judged) + 1)])
+            lacks = [evidence.absent(scorer, arm, base) for scorer in judged]
+            records.append({"arm": arm, "status": evidence.status(None, arm, base) if base else lacks[0]})
+            finals.append([arm_title(arm), *lacks, "–"])
             continue
         steps = [0, *evidence.scores[arm].steps]
         last = len(steps) - 1
@@ -292,6 +295,7 @@ def over_optimisation(evidence: Evidence) -> Table:
         f"number. {OVER_OPTIMISED}: {scorer_title(settings.trained)} is up and a held-out score down. {CONFIRMED}: it "
         f"is up and so are all held-out ones. {PARTLY}: some of them are, none is down. {NOT_CONFIRMED}: none is up, "
         f"none down. {NO_GAIN}: it is neither up nor down. {LOSS}: it is down.",
+        *evidence.missing([*comparison_arms(evidence.study), base]),
     ]
     return Table(title, notes, records, columns, blocks)
 
@@ -333,6 +337,7 @@ def contenders(evidence: Evidence) -> tuple[str, list[str]]:
 def to_target(evidence: Evidence) -> Table:
     """Steps and UNet evaluations after which each method reaches the target's final score, and the ratio of the two."""
     target, arms = contenders(evidence)
+    base = baseline_arm(evidence.study)
     if not target:
         notes = ["The study names no `experiments.to_target`."]
         return Table("Cost to reach a score", notes, [], ["arm", "status"], [])
@@ -342,12 +347,14 @@ def to_target(evidence: Evidence) -> Table:
     for scorer in evidence.scorers:
         rows = []
         for arm in arms:
-            cells, shares = [], NOT_RUN
+            cells, shares = [], "–"
+            absent = evidence.absent(scorer, arm, target, base)
+            state = evidence.status(scorer, arm, target, base)
             for axis in AXES:
                 found = reach(evidence, arm, target, scorer, axis)
-                record = {"scorer": scorer, "axis": axis, "arm": arm, "status": NOT_RUN}
+                record = {"scorer": scorer, "axis": axis, "arm": arm, "status": absent if state == "ok" else state}
                 records.append(record | (reach_record(found) if found else {}))
-                cells += _reach_text(found) if found else [NOT_RUN] * 2
+                cells += _reach_text(found) if found else [absent, "–"]
                 if found:  # the same on every axis
                     shares = f"{found.never:.0%}" + (f" (no target {found.untargeted:.0%})" if found.untargeted else "")
             rows.append([arm_title(arm), *cells, shares])
@@ -360,6 +367,7 @@ def to_target(evidence: Evidence) -> Table:
         "needs, above 1 where the method is faster, 0 where it never gets there; a resample that ends below the target "
         "bounds it from above by what was spent at its end. Never reached: share of resamples that end below the "
         f"target; no target: share in which {arm_title(target)} ends no higher than the base model.",
+        *evidence.missing([*arms, target, base]),
     ]
     return Table(f"Cost to reach the final score of {arm_title(target)}", notes, records, columns, blocks)
 

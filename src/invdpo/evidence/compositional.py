@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 
 from invdpo.evidence.comparisons import NOTE, paired_table
-from invdpo.evidence.load import PAPER_NOTE, Evidence, arm_title, baseline_arm, comparison_arms, published
+from invdpo.evidence.load import (
+    PAPER_NOTE,
+    Evidence,
+    arm_title,
+    baseline_arm,
+    comparison_arms,
+    config_file,
+    published,
+)
 from invdpo.evidence.printing import NOT_RUN, Block, Table, format_interval, record_of, triple
 from invdpo.evidence.statistics import Interval, mean_interval
 from invdpo.scorers.composition import BENCHMARKS, TITLES, geneval_overall
@@ -28,7 +36,7 @@ def table2(evidence: Evidence) -> Table:
     settings = study.experiments.distribution
     arms = list(settings.arms) if settings else comparison_arms(study)
     base = baseline_arm(study)
-    sets = _distances(study)
+    sets, lacking = _distances(study)
     columns = ["source", "arm", "base", "seeds", "prompts", "images", "reference_images", "features", "rank"]
     for metric in SET_METRICS:
         columns += [metric, f"{metric}_seeds_low", f"{metric}_seeds_high"]
@@ -41,7 +49,7 @@ def table2(evidence: Evidence) -> Table:
         record: dict[str, Any] = {"source": "this study", "arm": arm}
         if evidence.has(arm):
             record |= {"seeds": len(evidence.scores[arm].seeds), "prompts": len(evidence.scores[arm].prompts)}
-        measured, cells = sets.get(arm), [NOT_RUN] * len(SET_METRICS)
+        measured, cells = sets.get(arm), [lacking.get(arm, NOT_RUN)] * len(SET_METRICS)
         if measured is not None:
             record |= {name: int(measured[name].min()) for name in ("images", "reference_images", "features", "rank")}
             record["kid_subset_sd"] = float(measured["kid_subset_sd"].mean())
@@ -54,8 +62,8 @@ def table2(evidence: Evidence) -> Table:
             mean = _mean(evidence, arm, f"oracle_{metric}")
             gain = _difference(evidence, arm, base, f"oracle_{metric}") if base and arm != base else None
             record |= record_of(metric, mean) | record_of(f"{metric}_minus_base", gain)
-            agreement.append(_text(mean))
-            change.append("–" if arm == base else _text(gain, sign=True))
+            agreement.append(_text(evidence, mean, f"oracle_{metric}", arm))
+            change.append("–" if arm == base else _text(evidence, gain, f"oracle_{metric}", arm, base, sign=True))
         records.append(record)
         distances.append([arm_title(arm), *cells])
         graphs.append([arm_title(arm), *agreement])
@@ -79,20 +87,31 @@ def table2(evidence: Evidence) -> Table:
         Block("Scene graphs, difference from the base model", ["Method", *titles], gains),
         Block("What the paper reports", ["Method", "Base", "FID", *titles], quoted),
     ]
-    return Table("Table 2: compositional generation", [NOTE, *_set_notes(sets), PAPER_NOTE], records, columns, blocks)
+    notes = [NOTE, *_set_notes(sets), PAPER_NOTE, *evidence.missing([*arms, base])]
+    if settings and any(arm not in sets for arm in arms):
+        notes.append(
+            f"Sets of images: `invdpo distribution --study {config_file(study)}` measures those of every seed."
+        )
+    return Table("Table 2: compositional generation", notes, records, columns, blocks)
 
 
-def _distances(study: StudyConfig) -> dict[str, dict[str, np.ndarray]]:
-    """Arm -> column of distribution.csv -> (seeds,) numbers; empty where that was not measured."""
+def _distances(study: StudyConfig) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, str]]:
+    """Of distribution.csv: arm -> column -> (seeds,) numbers of the arms whose seeds are all there, and arm -> which
+    are not of the others.
+    """
     path = study.root / "distribution.csv"
-    found: dict[str, dict[str, list[float]]] = {}
-    if study.experiments.distribution is not None and path.is_file():
-        with path.open(encoding="utf-8", newline="") as file:
-            for row in csv.DictReader(file):
-                columns = found.setdefault(row.pop("method"), {name: [] for name in row})
-                for name, value in row.items():
-                    columns[name].append(float(value))
-    return {arm: {name: np.array(values) for name, values in columns.items()} for arm, columns in found.items()}
+    if study.experiments.distribution is None or not path.is_file():
+        return {}, {}
+    rows = pd.read_csv(path)
+    found, lacking = {}, {}
+    for arm, part in rows.groupby("method"):
+        seeds = study.seeds if study.arm(str(arm)).trains else [0]
+        part = part[part["seed"].isin(seeds)]
+        if missing := sorted(set(seeds) - set(part["seed"])):
+            lacking[str(arm)] = f"seed{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))} missing"
+        else:
+            found[str(arm)] = {str(name): np.array(part[name], np.float64) for name in part.columns[1:]}
+    return found, lacking
 
 
 def _ends(values: np.ndarray) -> tuple[float, float]:
@@ -124,10 +143,13 @@ def _set_notes(sets: dict[str, dict[str, np.ndarray]]) -> list[str]:
     ]
 
 
-def benchmark_table(scores: Mapping[str, Mapping[str, np.ndarray]], arms: Sequence[str]) -> Table:
+def benchmark_table(
+    scores: Mapping[str, Mapping[str, np.ndarray]], arms: Sequence[str], lacks: Mapping[str, str] | None = None
+) -> Table:
     """GenEval-, T2I-CompBench- and DPG-style scores of methods.
 
-    scores[arm][task of TASKS]: (seeds, prompts) in 0..1, nan for a prompt that does not ask for the task.
+    scores[arm][task of TASKS]: (seeds, prompts) in 0..1, nan for a prompt that does not ask for the task. lacks[arm]:
+    what an arm without scores lacks.
     """
     columns = ["arm", "benchmark", "task", "seeds", "prompts", "scale", *triple("score")]
     records, blocks, absent = [], [], []
@@ -149,7 +171,9 @@ def benchmark_table(scores: Mapping[str, Mapping[str, np.ndarray]], arms: Sequen
                 size = {"seeds": mean.seeds, "prompts": mean.prompts}
                 records.append(head | size | record_of("score", mean))
             shown = [*present, *(["overall"] if benchmark == "geneval" else [])]
-            rows.append([arm_title(arm), *(_text(means.get(task)) for task in shown)])
+            lack = (lacks or {}).get(arm, NOT_RUN)
+            cells = [format_interval(means[task]) if task in means else lack for task in shown]
+            rows.append([arm_title(arm), *cells])
         heads = [f"{tasks[task]} (n = {_prompts(scores, names[task])})" for task in present]
         heads += ["overall"] if benchmark == "geneval" else []
         blocks.append(Block(TITLES[benchmark], ["Method", *heads], rows))
@@ -194,16 +218,19 @@ def composition(evidence: Evidence) -> Table:
     """The benchmark-style scores that the world's parser gives each arm's last images."""
     arms = comparison_arms(evidence.study)
     scores = {arm: evidence.scores[arm].tasks for arm in arms if evidence.has(arm)}
-    table = benchmark_table(scores, arms)
+    lacks = {arm: evidence.absent(None, arm) for arm in arms if not evidence.has(arm)}
+    table = benchmark_table(scores, arms, lacks)
+    missing = evidence.missing(arms)
     if not table.blocks:
         note = "Only a world's parser scores these. For real images `invdpo composition` reads the benchmarks' files."
-        block = Block("Compositional benchmarks", ["Method", "Score"], [[arm_title(arm), NOT_RUN] for arm in arms])
-        return replace(table, notes=[note], blocks=[block])
+        rows = [[arm_title(arm), lacks.get(arm, NOT_RUN)] for arm in arms]
+        block = Block("Compositional benchmarks", ["Method", "Score"], rows)
+        return replace(table, notes=[note, *missing], blocks=[block])
     note = (
         "The looker is the world's parser, not the benchmarks' detectors and VQA models, and a prompt here asks for "
         "several tasks at once: the rules are theirs, the numbers compare with no published ones."
     )
-    return replace(table, notes=[*table.notes, note])
+    return replace(table, notes=[*table.notes, note, *missing])
 
 
 def _mean(evidence: Evidence, arm: str, scorer: str) -> Interval | None:
@@ -215,5 +242,5 @@ def _difference(evidence: Evidence, arm: str, base: str, scorer: str) -> Interva
     return None if values is None else mean_interval(values)
 
 
-def _text(interval: Interval | None, sign: bool = False) -> str:
-    return NOT_RUN if interval is None else format_interval(interval, sign=sign)
+def _text(evidence: Evidence, interval: Interval | None, scorer: str, *arms: str | None, sign: bool = False) -> str:
+    return evidence.absent(scorer, *arms) if interval is None else format_interval(interval, sign=sign)

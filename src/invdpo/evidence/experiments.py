@@ -197,6 +197,12 @@ def _agreements(study: StudyConfig) -> list[tuple[dict[str, Any], dict[str, Inte
     keys, found = ["arm", "recipe", "steps", "draws"], []
     rows = dict(list(latents.groupby(keys, sort=False)))
     for key, group in agreement.groupby(keys, sort=False):
+        seeds = sorted(group["seed"].tolist())
+        if seeds != sorted(study.seeds):
+            raise InvdpoError(
+                f"{study.root / 'experiments' / 'precision'}: seeds {seeds} of {group['recipe'].iloc[0]}, and the "
+                f"study has {study.seeds}. Run `invdpo experiment precision --study …` again."
+            )
         order, true_order = (_orders(rows[key], column) for column in ("surrogate", "truth"))
         known = ~np.isnan(true_order).any(axis=0)
         order, true_order = order[:, known], true_order[:, known]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import textwrap
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,7 @@ ENDS = (0.95, 0.5, 0.05)  # what a reader shall see of a distribution: near its 
 SPREAD = (0.95, 0.75, 0.5, 0.25, 0.05)
 EXAMPLES = 24
 FAILURES = 6
+SMALL, LARGE = 1.25, 1.9  # inches of a picture
 LABEL, TITLE, LINE = 1.65, 0.75, 0.13  # inches: width of the prompts, height above the pictures, height of a score
 
 
@@ -44,75 +46,95 @@ def evenly(count: int) -> list[float]:
     return np.linspace(1, 0, count).tolist()
 
 
-def fig1(evidence: Evidence) -> Figure:
-    """All arms of the grid: prompts from the best gain of the last arm over the first to its worst loss."""
+@dataclass(frozen=True)
+class Choice:
+    """What a figure shows: a column an arm, a row a prompt (its place among the arm's prompts), scores below a picture.
+
+    rule: how the prompts were chosen, or why there is nothing to show where `arms` is empty.
+    """
+
+    arms: Sequence[str] = ()
+    prompts: Sequence[int] = ()
+    shown: Sequence[str] = ()
+    rule: str = ""
+
+
+def choose_fig1(evidence: Evidence) -> Choice:
+    """Prompts from the best primary gain of the last arm over the first to its worst loss."""
     grids = evidence.study.experiments.grids
-    return _compared(evidence, evidence.primary, evenly(grids.prompts if grids else 1), ("pickscore", evidence.primary))
+    return _by_gain(evidence, evidence.primary, evenly(grids.prompts if grids else 1), ("pickscore", evidence.primary))
 
 
-def fig4(evidence: Evidence) -> Figure:
-    """Details, which the aesthetic score judges: the pictures are larger."""
-    return _compared(evidence, "aesthetic", ENDS, ("aesthetic",), size=1.9)
+def choose_fig4(evidence: Evidence) -> Choice:
+    """Details, which the aesthetic score judges."""
+    return _by_gain(evidence, "aesthetic", ENDS, ("aesthetic",))
 
 
-def fig5(evidence: Evidence) -> Figure:
+def choose_fig5(evidence: Evidence) -> Choice:
     """Composition: prompts with a scene graph, and how much of it is in each picture."""
     scores = ("oracle_sg_iou", "oracle_entity_iou", "oracle_relation_iou")
-    return _compared(evidence, "oracle_sg_iou", SPREAD, scores)
+    return _by_gain(evidence, "oracle_sg_iou", SPREAD, scores)
 
 
-def fig_s6(evidence: Evidence) -> Figure:
+def choose_fig_s6(evidence: Evidence) -> Choice:
     """More pictures of the last arm of the grid, from its best to its worst."""
-    arms, scorer = _arms(evidence), evidence.primary
-    if not arms or not evidence.has(arms[-1], scorer):
-        return placeholder("The last arm of `experiments.grids` has no images")
-    arm = arms[-1]
-    final, judged = evidence.final(arm, scorer)[0], evidence.scores[arm].judged[scorer]
+    if not (arms := _arms(evidence, evidence.primary)):
+        return Choice(rule="No arm of `experiments.grids` has images")
+    final, judged = _final(evidence, arms[-1], evidence.primary)
     chosen = [judged[place] for place in at_quantiles(final, evenly(EXAMPLES))]
-    columns, size = 6, 1.3
-    rows = -(-len(chosen) // columns)
-    width, cell, head = columns * size, size + 0.55, 0.45
-    height = head + rows * cell
-    figure, axes = new_figure(width, height, rows, columns)
-    pictures = _pictures(evidence.study, arm)
-    for place, panel in enumerate(axes.flat):
-        row, column = divmod(place, columns)
-        top = 1 - (head + row * cell) / height
-        panel.set_position(((column * size + 0.04) / width, top - size / height, (size - 0.08) / width, size / height))
-        panel.axis("off")
-        if place < len(chosen):
-            _draw(panel, pictures(evidence.scores[arm].prompts[chosen[place]]))
-            words = [_value(evidence, arm, scorer, chosen[place]), evidence.scores[arm].texts[chosen[place]]]
-            text = textwrap.fill(textwrap.shorten(" · ".join(words), 78, placeholder="…"), 27)
-            panel.text(0.5, -0.02, text, transform=panel.transAxes, ha="center", va="top", fontsize=5.5)
-    note = (
-        f"{arm_title(arm)}: {len(chosen)} prompts at evenly spaced quantiles of its {scorer_title(scorer)}, best first."
-    )
-    figure.text(0.06 / width, 1 - 0.08 / height, note, va="top", fontsize=7)
-    return figure
+    rule = f"prompts at {len(chosen)} evenly spaced quantiles of its {scorer_title(evidence.primary)}, best first."
+    return Choice(arms[-1:], chosen, (evidence.primary,), f"{arm_title(arms[-1])}: {rule}")
 
 
-def fig_s10(evidence: Evidence) -> Figure:
+def choose_fig_s10(evidence: Evidence) -> Choice:
     """Failures: the prompts with the lowest scores of the last arm of the grid, and what the others make of them."""
-    arms, scorer = _arms(evidence), evidence.primary
-    arms = [arm for arm in arms if evidence.has(arm, scorer)]
-    if not arms:
-        return placeholder("No arm of `experiments.grids` has images")
-    final, judged = evidence.final(arms[-1], scorer)[0], evidence.scores[arms[-1]].judged[scorer]
+    scorer = evidence.primary
+    if not (arms := _arms(evidence, scorer)):
+        return Choice(rule="No arm of `experiments.grids` has images")
+    final, judged = _final(evidence, arms[-1], scorer)
     chosen = [judged[place] for place in np.argsort(final, kind="stable")[:FAILURES]]
     rule = f"Rows: the {len(chosen)} prompts with the last column's lowest {scorer_title(scorer)}."
-    return _sheet(evidence, arms, chosen, ("pickscore", scorer), rule)
+    return Choice(arms, chosen, ("pickscore", scorer), rule)
 
 
-def _compared(
-    evidence: Evidence, scorer: str, quantiles: Sequence[float], shown: Sequence[str], size: float = 1.25
-) -> Figure:
-    """A column an arm, a row a prompt: at those quantiles of a score's difference, last arm minus first."""
-    arms = [arm for arm in _arms(evidence) if evidence.has(arm, scorer)]
+CHOICES = {
+    "fig1": choose_fig1,
+    "fig4": choose_fig4,
+    "fig5": choose_fig5,
+    "fig_s6": choose_fig_s6,
+    "fig_s10": choose_fig_s10,
+}
+
+
+def pictured(evidence: Evidence) -> dict[Path, list[Key]]:
+    """Every image file that a figure draws from, with the prompts whose images it shows, in their order."""
+    shown: dict[Path, set[Key]] = {}
+    for choose in CHOICES.values():
+        choice = choose(evidence)
+        for arm in choice.arms:
+            path = _images(evidence.study, arm)
+            assert path is not None, "only arms with images are chosen"
+            shown.setdefault(path, set()).update(evidence.scores[arm].prompts[place] for place in choice.prompts)
+    return {path: sorted(keys) for path, keys in shown.items()}
+
+
+def draw(evidence: Evidence, name: str) -> Figure:
+    """One of the figures of CHOICES."""
+    choice = CHOICES[name](evidence)
+    if not choice.arms:
+        return placeholder(choice.rule)
+    if name == "fig_s6":
+        return _contact_sheet(evidence, choice)
+    return _sheet(evidence, choice, LARGE if name == "fig4" else SMALL)
+
+
+def _by_gain(evidence: Evidence, scorer: str, quantiles: Sequence[float], shown: Sequence[str]) -> Choice:
+    """Prompts at those quantiles of a score's difference, last arm of the grid minus the first."""
+    arms = _arms(evidence, scorer)
     if len(arms) < 2:
-        return placeholder(f"Fewer than two arms of `experiments.grids` have images and {scorer_title(scorer)}")
+        return Choice(rule=f"Fewer than two arms of `experiments.grids` have images and {scorer_title(scorer)}")
     first, last = evidence.paired(arms[0], arms[-1], scorer)
-    judged = evidence.scores[arms[0]].judged[scorer]
+    _, judged = _final(evidence, arms[0], scorer)
     chosen = [judged[place] for place in at_quantiles((last - first)[0], quantiles)]
     where = (
         "evenly spaced quantiles"
@@ -120,14 +142,42 @@ def _compared(
         else "the " + ", ".join(f"{quantile:.0%}" for quantile in quantiles).replace("%", "th") + " percentiles"
     )
     rule = f"Rows: {where} of the gain in {scorer_title(scorer)}, last column over first."
-    return _sheet(evidence, arms, chosen, shown, rule, size)
+    return Choice(arms, chosen, shown, rule)
 
 
-def _sheet(
-    evidence: Evidence, arms: Sequence[str], chosen: Sequence[int], shown: Sequence[str], rule: str, size: float = 1.25
-) -> Figure:
-    """Pictures of `arms` for the prompts at the places `chosen`, each with its scores `shown` below it."""
-    shown = [name for name in dict.fromkeys(shown) if all(evidence.has(arm, name) for arm in arms)]
+def _final(evidence: Evidence, arm: str, scorer: str) -> tuple[np.ndarray, list[int]]:
+    """The first seed's scores at the last checkpoint, and the places of their prompts."""
+    return evidence.final(arm, scorer)[0], evidence.scores[arm].judged[scorer]
+
+
+def _contact_sheet(evidence: Evidence, choice: Choice) -> Figure:
+    """Pictures of one arm, each with its score and prompt below it."""
+    (arm,), (scorer,) = choice.arms, choice.shown
+    columns, size = 6, 1.3
+    rows = -(-len(choice.prompts) // columns)
+    width, cell, head = columns * size, size + 0.55, 0.45
+    height = head + rows * cell
+    figure, axes = new_figure(width, height, rows, columns)
+    pictures, scores = _pictures(evidence.study, arm), evidence.scores[arm]
+    for place, panel in enumerate(axes.flat):
+        row, column = divmod(place, columns)
+        top = 1 - (head + row * cell) / height
+        panel.set_position(((column * size + 0.04) / width, top - size / height, (size - 0.08) / width, size / height))
+        panel.axis("off")
+        if place < len(choice.prompts):
+            prompt = choice.prompts[place]
+            _show(panel, pictures(scores.prompts[prompt]))
+            words = f"{_value(evidence, arm, scorer, prompt)} · {scores.texts[prompt]}"
+            text = textwrap.fill(textwrap.shorten(words, 78, placeholder="…"), 27)
+            panel.text(0.5, -0.02, text, transform=panel.transAxes, ha="center", va="top", fontsize=5.5)
+    figure.text(0.06 / width, 1 - 0.08 / height, choice.rule, va="top", fontsize=7)
+    return figure
+
+
+def _sheet(evidence: Evidence, choice: Choice, size: float) -> Figure:
+    """Pictures in rows and columns, each with its scores below it; size: of a picture, in inches."""
+    arms, chosen = choice.arms, choice.prompts
+    shown = [name for name in dict.fromkeys(choice.shown) if all(evidence.has(arm, name) for arm in arms)]
     cell = size + LINE * len(shown) + 0.06
     width, height = LABEL + size * len(arms), TITLE + cell * len(chosen)
     figure, axes = new_figure(width, height, len(chosen), len(arms))
@@ -138,7 +188,7 @@ def _sheet(
             left, top = LABEL + size * column + 0.03, TITLE + cell * row + size - 0.03
             panel.set_position((left / width, 1 - top / height, (size - 0.06) / width, (size - 0.06) / height))
             panel.axis("off")
-            _draw(panel, pictures(scores.prompts[prompt]))
+            _show(panel, pictures(scores.prompts[prompt]))
             values = "\n".join(_value(evidence, arm, name, prompt) for name in shown)
             panel.text(0.5, -0.03, values, transform=panel.transAxes, ha="center", va="top", fontsize=6.5)
             if row == 0:
@@ -148,15 +198,15 @@ def _sheet(
         middle = 1 - (TITLE + cell * row + size / 2) / height
         figure.text(0.06 / width, middle, textwrap.fill(text, 24), ha="left", va="center", fontsize=7.5)
     names = ", ".join(scorer_title(name) for name in shown)
-    note = "\n".join(textwrap.wrap(f"Under each picture: {names}. {rule}", int(width * 15)))
+    note = "\n".join(textwrap.wrap(f"Under each picture: {names}. {choice.rule}", int(width * 15)))
     figure.text(0.06 / width, 1 - 0.08 / height, note, va="top", fontsize=7)
     return figure
 
 
-def _arms(evidence: Evidence) -> list[str]:
-    """Arms of the grid that have pictures."""
+def _arms(evidence: Evidence, scorer: str) -> list[str]:
+    """Arms of the grid that have pictures and that score."""
     grids = evidence.study.experiments.grids
-    return [arm for arm in grids.arms if _images(evidence.study, arm)] if grids else []
+    return [arm for arm in grids.arms if _images(evidence.study, arm) and evidence.has(arm, scorer)] if grids else []
 
 
 def _images(study: StudyConfig, arm: str) -> Path | None:
@@ -182,7 +232,7 @@ def _pictures(study: StudyConfig, arm: str) -> Callable[[Key], bytes]:
     return picture
 
 
-def _draw(panel: Axes, png: bytes) -> None:
+def _show(panel: Axes, png: bytes) -> None:
     from PIL import Image
 
     with Image.open(io.BytesIO(png)) as image:
@@ -199,6 +249,6 @@ def write(study: StudyConfig) -> list[Path]:
     """Write root/figures/{fig1,fig4,fig5,fig_s6,fig_s10}.{pdf,png}; the paths written."""
     evidence = load_evidence(study)
     written = []
-    for draw in (fig1, fig4, fig5, fig_s6, fig_s10):
-        written += save(draw(evidence), study.root / "figures", draw.__name__)
+    for name in CHOICES:
+        written += save(draw(evidence, name), study.root / "figures", name)
     return written

@@ -5,14 +5,16 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from invdpo.errors import InvdpoError
 from invdpo.scorers.composition import TASKS
@@ -104,7 +106,8 @@ class ArmScores:
     """All scores of one arm. values[scorer]: (steps, seeds, prompts that have this score) float64, by (set, id).
     judged[scorer]: places in `prompts` of those that have it, ascending.
     tasks[task of `invdpo.scorers.composition`]: (seeds, prompts) of the last step alone, nan for a prompt that does not
-    ask for it.
+    ask for it. versions: scorer -> its version. config_hash: of the arm that was trained. sampling: how its images were
+    drawn.
     """
 
     arm: str
@@ -115,6 +118,9 @@ class ArmScores:
     values: Mapping[str, np.ndarray]
     judged: Mapping[str, list[int]]
     tasks: Mapping[str, np.ndarray]
+    versions: Mapping[str, str]
+    config_hash: str
+    sampling: Mapping[str, Any]
 
     @property
     def trained(self) -> bool:
@@ -126,40 +132,55 @@ class ArmScores:
         return self.values[scorer][-1]
 
 
+COLUMNS = ["seed", "step", "prompt_set", "prompt_id", "prompt", "scorer", "scorer_version", "score"]
+
+
+def read_provenance(path: Path) -> dict[str, Any]:
+    """What `invdpo evaluate` noted in a parquet file's metadata; InvdpoError where it is no such file."""
+    try:
+        return json.loads((pq.read_schema(path).metadata or {})[b"provenance"])
+    except (OSError, pa.ArrowInvalid, KeyError, ValueError) as error:
+        raise InvdpoError(
+            f"{path}: not a file of `invdpo evaluate` ({type(error).__name__}: {error}). Evaluate the arm again."
+        ) from error
+
+
 def load_scores(root: Path, arm: str, seeds: tuple[int, ...] | None = None) -> ArmScores | None:
     """The scores of one arm, or None if it has not been evaluated.
 
     `seeds` leaves out files of other training seeds (of an earlier configuration); the base model's only file is
-    always read. InvdpoError if the seeds of an arm were not scored on the same prompts, checkpoints and scorers.
+    always read. InvdpoError if the seeds of an arm were not scored on the same prompts, checkpoints and scorers, were
+    trained with different configurations, or were sampled or scored differently.
     """
-    files = sorted((root / "scores" / arm).glob("seed*.parquet"))
-    if not files:
-        return None
-    columns = ["seed", "step", "prompt_set", "prompt_id", "prompt", "scorer", "score"]
-    frames = []
-    for path in files:
-        try:
-            frame = pd.read_parquet(path, columns=columns)
-        except Exception as error:  # pyarrow raises many kinds; all mean the same to the reader
-            raise InvdpoError(f"{path}: not a readable score file ({error}). Evaluate the arm again.") from error
+    folder = root / "scores" / arm
+    frames: dict[str, pd.DataFrame] = {}
+    noted: dict[str, dict[str, Any]] = {}
+    for path in sorted(folder.glob("seed*.parquet")):
+        made = read_provenance(path)
+        frame = pd.read_parquet(path, columns=COLUMNS)
         untrained = not frame["step"].to_numpy().any()
         if seeds is None or untrained or set(frame["seed"]) <= set(seeds):
-            frames.append(frame)
+            frames[path.name], noted[path.name] = frame, made
     if not frames:
         return None
-    rows = pd.concat(frames, ignore_index=True)
+    config_hash, sampling = (
+        _the_one({name: made.get(key) for name, made in noted.items()}, f"{folder}: files of different {words}")
+        for key, words in (("config_hash", "configurations of training"), ("sampling", "settings of sampling"))
+    )
+    versions = _versions(frames, folder)
+    rows = pd.concat(frames.values(), ignore_index=True)
     rows["prompt_id"] = rows["prompt_id"].astype(str)
     rows["prompt_set"] = rows["prompt_set"].astype(str)
     texts = rows.groupby(["prompt_set", "prompt_id"], sort=True)["prompt"].first()
     keys = [(str(a), str(b)) for a, b in texts.index.to_list()]
     steps, used = sorted(np.unique(rows["step"])), sorted(np.unique(rows["seed"]))
     asked = rows["scorer"].str.removeprefix("oracle_").isin(TASKS)
-    tasks = _tasks(rows.loc[asked & (rows["step"] == steps[-1])], root / "scores" / arm, used, keys)
+    tasks = _tasks(rows.loc[asked & (rows["step"] == steps[-1])], folder, used, keys)
     values, judged = {}, {}
     for name, part in rows[~asked].groupby("scorer", sort=True):
         cube = part.set_index(["step", "seed", "prompt_set", "prompt_id"])["score"]
         if cube.index.has_duplicates:
-            raise InvdpoError(f"{root / 'scores' / arm}: {name} scored an image twice. Evaluate the arm again.")
+            raise InvdpoError(f"{folder}: {name} scored an image twice. Evaluate the arm again.")
         # Some scores exist for some prompts only: a caption without a relation has no relation to agree with.
         having = set(zip(part["prompt_set"], part["prompt_id"], strict=True))
         judged[str(name)] = [place for place, key in enumerate(keys) if key in having]
@@ -167,7 +188,7 @@ def load_scores(root: Path, arm: str, seeds: tuple[int, ...] | None = None) -> A
         full = pd.MultiIndex.from_tuples([(t, s, *k) for t in steps for s in used for k in own])
         grid = cube.reindex(full).to_numpy(np.float64).reshape(len(steps), len(used), len(own))
         if not np.isfinite(grid).all():
-            raise InvdpoError(f"{root / 'scores' / arm}: {name} {INCOMPLETE}")
+            raise InvdpoError(f"{folder}: {name} {INCOMPLETE}")
         values[str(name)] = grid
     return ArmScores(
         arm,
@@ -178,7 +199,34 @@ def load_scores(root: Path, arm: str, seeds: tuple[int, ...] | None = None) -> A
         values=values,
         judged=judged,
         tasks=tasks,
+        versions=versions,
+        config_hash=str(config_hash),
+        sampling=sampling or {},
     )
+
+
+def _versions(frames: Mapping[str, pd.DataFrame], folder: Path) -> dict[str, str]:
+    """Scorer -> its version in all files of an arm."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for file, frame in frames.items():
+        for scorer, version in frame[["scorer", "scorer_version"]].drop_duplicates().itertuples(index=False):
+            found.setdefault(str(scorer), {}).setdefault(file, []).append(str(version))
+    words = "files of different versions of"
+    return {
+        scorer: _the_one({file: ", ".join(kinds) for file, kinds in files.items()}, f"{folder}: {words} {scorer}")
+        for scorer, files in found.items()
+    }
+
+
+def _the_one(found: Mapping[str, Any], what: str) -> Any:
+    """The value that all entries have; InvdpoError that sets the odd ones beside each other."""
+    groups: dict[str, list[str]] = {}
+    for name, value in found.items():
+        groups.setdefault(json.dumps(value, sort_keys=True), []).append(name)
+    if len(groups) > 1:
+        sides = "; ".join(f"{value} in {', '.join(names)}" for value, names in sorted(groups.items()))
+        raise InvdpoError(f"{what}: {sides}. Evaluate all of them again with the same study file and code.")
+    return next(iter(found.values()))
 
 
 def _tasks(rows: pd.DataFrame, folder: Path, seeds: list[int], keys: list[tuple[str, str]]) -> dict[str, np.ndarray]:
@@ -216,17 +264,31 @@ def load_run(run: Path) -> dict[str, Any] | None:
 
 
 @dataclass(frozen=True)
+class Lack:
+    """What of an arm is not there, in a few words for a table's cell, and the command that makes it."""
+
+    what: str
+    command: str
+
+
+@dataclass(frozen=True)
 class Evidence:
-    """Everything a study has measured. scores and logs hold only what exists; an arm may be absent from both."""
+    """Everything a study has measured. An arm is in `scores` if all its seeds have been scored; if only some have, it
+    is in `lacking`, for a mean over fewer seeds is another number. logs: those that exist.
+    """
 
     study: StudyConfig
     scores: Mapping[str, ArmScores]
     logs: Mapping[str, Mapping[int, pd.DataFrame]]
+    lacking: Mapping[str, Lack] = field(default_factory=dict)
 
     @property
     def scorers(self) -> list[str]:
-        """Names of all scores that any arm has, in the order of the tables."""
-        found = {name for arm in self.scores.values() for name in arm.values} - RESCALED
+        """Names of all scores that any arm has or the study asks for, in the order of the tables."""
+        asked = self.study.scorers
+        found = {name for arm in self.scores.values() for name in arm.values}
+        found |= {name for name in SCORERS if getattr(asked, name, None)}
+        found = (found | ({"oracle_utility"} if asked.oracle else set())) - RESCALED
         return [name for name in SCORERS if name in found] + sorted(found - set(SCORERS))
 
     @property
@@ -237,6 +299,37 @@ class Evidence:
     def has(self, arm: str, scorer: str | None = None) -> bool:
         """True if the arm has been scored (by that scorer)."""
         return arm in self.scores and (scorer is None or scorer in self.scores[arm].values)
+
+    def lack(self, arm: str, scorer: str | None = None) -> Lack | None:
+        """What is missing before the arm (by that scorer) can be reported; None if nothing is."""
+        if arm not in self.scores:
+            return self.lacking.get(arm) or Lack("not run", _commands(self.study, arm))
+        if self.has(arm, scorer):
+            return None
+        return Lack(f"no {scorer_title(str(scorer))}", _commands(self.study, arm, train=False))
+
+    def absent(self, scorer: str | None, *arms: str | None) -> str:
+        """What a table's cell about these arms (by that scorer) says where there is no number: what the first of them
+        lacks, or which other one lacks what. None for an arm that the study has not.
+        """
+        for arm in arms:
+            if arm is None:
+                return "no base arm"
+            if lack := self.lack(arm, scorer):
+                return lack.what if arm == arms[0] else f"{arm_title(arm)}: {lack.what}"
+        return "no log of every seed"
+
+    def status(self, scorer: str | None, *arms: str | None) -> str:
+        """`ok`, or what the arms lack (by that scorer; None: by any) and the commands that make it."""
+        scorers = [None, *self.scorers] if scorer is None else [scorer]
+        known = [arm for arm in arms if arm is not None]
+        lacks = dict.fromkeys(lack for arm in known for name in scorers if (lack := self.lack(arm, name)))
+        return "; ".join(f"{lack.what}: {lack.command}" for lack in lacks) or "ok"
+
+    def missing(self, arms: Iterable[str | None]) -> list[str]:
+        """A note for each of the arms that is not complete, with the command that makes what is missing."""
+        known = dict.fromkeys(arm for arm in arms if arm is not None)
+        return [f"{arm_title(arm)}, {text}" for arm in known if (text := self.status(None, arm)) != "ok"]
 
     def final(self, arm: str, scorer: str) -> np.ndarray:
         """(seeds, prompts) scores of the arm's last checkpoint."""
@@ -269,17 +362,19 @@ class Evidence:
         )
 
     def cost(self, arm: str, column: str) -> dict[int, float]:
-        """Mean over seeds of a cumulative column of the training log at every checkpoint: {step: value}."""
+        """Mean over seeds of a cumulative column of the training log at every checkpoint: {step: value}.
+
+        Without the checkpoints that some seed's log does not have.
+        """
         if arm not in self.scores:
             return {}
-        logs = [log.set_index("step") for log in self.logs.get(arm, {}).values() if len(log)]
+        logs = [log.set_index("step") if len(log) else log for log in self.logs.get(arm, {}).values()]
         found = {}
         for step in self.scores[arm].steps:
-            values = [float(log.at[step, column]) for log in logs if step in log.index]  # pyright: ignore
             if step == 0:
                 found[step] = 0.0
-            elif values:
-                found[step] = float(np.mean(values))
+            elif logs and all(step in log.index and column in log for log in logs):
+                found[step] = float(np.mean([float(log.at[step, column]) for log in logs]))  # pyright: ignore
         return found
 
     def from_base(self, arm: str, scorer: str) -> np.ndarray | None:
@@ -333,13 +428,57 @@ def control_arms(study: StudyConfig) -> dict[str, dict[str, str]]:
     return {name: {str(k): arm for k, arm in arms.items()} for name, arms in study.experiments.controls.items()}
 
 
+def config_file(study: StudyConfig) -> str:
+    """Where commands in print say that the study's YAML is."""
+    return f"config/{study.study}.yaml"
+
+
+def _commands(study: StudyConfig, arm: str, seeds: Iterable[int] = (), train: bool = True) -> str:
+    """The commands that train (unless that is done) and score those seeds of an arm; none named: all of them."""
+    options = f"--study {config_file(study)} --arm {arm}" + "".join(f" --seed {seed}" for seed in seeds)
+    return " && ".join(f"invdpo {stage} {options}" for stage in (*(["train"] if train else []), "evaluate"))
+
+
 def load_evidence(study: StudyConfig) -> Evidence:
-    """Read every score file and training log of the study's arms."""
-    scores, logs = {}, {}
+    """Read every score file and training log of the study's arms.
+
+    InvdpoError where files of one arm disagree (see `load_scores`), where arms were scored by different versions of a
+    scorer, or with other weights or samples than the study's configuration makes.
+    """
+    scores, logs, lacking = {}, {}, {}
     seeds = tuple(study.seeds)
     for arm in study.arms:
+        runs = {seed: study.root / "runs" / arm / f"seed{seed}" for seed in seeds}
+        logs[arm] = {seed: load_log(run) for seed, run in runs.items()}
         found = load_scores(study.root, arm, seeds)
-        if found is not None:
+        if found is None:
+            continue
+        missing = [seed for seed in seeds if seed not in found.seeds] if found.trained else []
+        if missing:
+            untrained = any(not (runs[seed] / "run.json").is_file() for seed in missing)
+            what = f"seed{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))} missing"
+            lacking[arm] = Lack(what, _commands(study, arm, missing, train=untrained))
+        else:
             scores[arm] = found
-        logs[arm] = {seed: load_log(study.root / "runs" / arm / f"seed{seed}") for seed in seeds}
-    return Evidence(study, scores, logs)
+    _check_together(study, scores)
+    return Evidence(study, scores, logs, lacking)
+
+
+def _check_together(study: StudyConfig, scores: Mapping[str, ArmScores]) -> None:
+    """InvdpoError where arms cannot stand beside each other, or are not those of the study."""
+    folder = study.root / "scores"
+    for scorer in sorted({name for found in scores.values() for name in found.versions}):
+        versions = {arm: found.versions[scorer] for arm, found in scores.items() if scorer in found.versions}
+        _the_one(versions, f"{folder}: arms scored by different versions of {scorer}")
+    sampling = study.sampling.model_dump(mode="json")
+    for arm, found in scores.items():
+        if found.config_hash != study.arm(arm).hash:
+            raise InvdpoError(
+                f"{folder / arm}: scores of another configuration of this arm ({found.config_hash}, the study's is "
+                f"{study.arm(arm).hash}). Run: {_commands(study, arm)}"
+            )
+        if found.sampling != sampling:
+            raise InvdpoError(
+                f"{folder / arm}: its images were sampled with {found.sampling}, and the study says {sampling}. "
+                f"Run: {_commands(study, arm, train=False)}"
+            )

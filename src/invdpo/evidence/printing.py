@@ -39,7 +39,8 @@ class Table:
 def format_interval(interval: Interval, sign: bool = False) -> str:
     """`0.2134 [0.2101, 0.2170]`, with as many decimals as make two significant digits of the half-width."""
     half = (interval.high - interval.low) / 2
-    values = (interval.estimate, interval.low, interval.high)
+    # A share of prompts often ends in a five, and processors differ in the sixteenth digit, which would decide it.
+    values = [steady(value) for value in (interval.estimate, interval.low, interval.high)]
     mark = "+" if sign else ""
     if half < 1e-12:  # nothing varies, up to rounding: three times the same number
         numbers = ["0" if abs(x) < 1e-12 else f"{x:{mark}.4g}" for x in values]
@@ -47,6 +48,11 @@ def format_interval(interval: Interval, sign: bool = False) -> str:
         decimals = min(8, max(0, 1 - math.floor(math.log10(half))))
         numbers = [f"{x:{mark}.{decimals}f}" for x in values]
     return f"{numbers[0]} [{numbers[1]}, {numbers[2]}]"
+
+
+def steady(value: float) -> float:
+    """A number to the 12 digits that all processors agree on."""
+    return float(f"{value:.12g}")
 
 
 def escape_tex(text: str) -> str:
@@ -73,19 +79,20 @@ def escape_tex(text: str) -> str:
     return "".join(special.get(character, character) for character in text)
 
 
+def csv_cell(value: Any) -> str:
+    """A value in a csv file: floats with 6 significant digits, empty where there is no value."""
+    if value is None:
+        return ""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
 def to_csv(table: Table) -> str:
-    """Comma-separated, full records; floats with 6 significant digits, empty where there is no value."""
-
-    def cell(value: Any) -> str:
-        if value is None:
-            return ""
-        return f"{value:.6g}" if isinstance(value, float) else str(value)
-
+    """Comma-separated, full records."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(table.columns)
     for record in table.records:
-        writer.writerow([cell(record.get(column)) for column in table.columns])
+        writer.writerow([csv_cell(record.get(column)) for column in table.columns])
     return buffer.getvalue()
 
 

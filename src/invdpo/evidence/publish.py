@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import pandas as pd
+import pyarrow.parquet as pq
 
+from invdpo.config import dump_study
 from invdpo.errors import InvdpoError
 from invdpo.evidence.claims import summary
+from invdpo.evidence.crate import METADATA, crate
+from invdpo.evidence.grids import pictured
 from invdpo.evidence.ledger import read_verdicts
-from invdpo.evidence.load import load_run
+from invdpo.evidence.load import load_evidence
 from invdpo.evidence.printing import write_text
 from invdpo.files import replace_when_done, write_json
-from invdpo.provenance import sha256_file
+from invdpo.provenance import git_commit, git_dirty, lock_hash, sha256_file, weights_hashes
 
 if TYPE_CHECKING:
     from invdpo.config import StudyConfig
 
 BEGIN, END = "<!-- verdicts:begin -->", "<!-- verdicts:end -->"
+PROVENANCE = "provenance.json"
+# A study of many prompts does not publish its scores: a repository is no place for gigabytes.
 MAX_SCORES_BYTES = 5_000_000
+# The folders and files of a study that evidence makes, and `invdpo rebuild` makes again from the rest.
+MADE = ("tables", "figures", "claims.json", "claims.md", "costs.json")
 # Tables and figures that every study writes -> what they show of it.
 SHOWN_FOR = {
     **dict.fromkeys(("table1", "composition", "win_rates", "fig3", "fig_s7", "fig_s8", "fig_oracle"), "comparison"),
@@ -43,21 +52,35 @@ def replace_block(text: str, block: str, where: str) -> str:
     return f"{before}{BEGIN}\n{block.strip()}\n{END}{rest.split(END)[1]}"
 
 
-def _pack_scores(source: Path, target: Path) -> list[Path]:
-    """Score files as zstd parquet if all of them fit MAX_SCORES_BYTES, otherwise none; the files written."""
-    written = []
-    for path in sorted(source.glob("*/seed*.parquet")):
-        copy = target / path.relative_to(source)
+def _copy(root: Path, folder: Path, paths: Iterable[Path]) -> None:
+    for path in filter(Path.is_file, paths):
+        copy = folder / path.relative_to(root)
         copy.parent.mkdir(parents=True, exist_ok=True)
-        frame = pd.read_parquet(path)
-        for column in frame.columns.difference(["score", "step", "seed"]):
-            frame[column] = frame[column].astype("category")
-        frame.to_parquet(copy, compression="zstd", compression_level=9, index=False)
-        written.append(copy)
-        if sum(file.stat().st_size for file in written) > MAX_SCORES_BYTES:
-            shutil.rmtree(target)
-            return []
-    return written
+        shutil.copy(path, copy)
+
+
+def _copy_images(root: Path, folder: Path, wanted: Mapping[Path, Sequence[tuple[str, str]]]) -> None:
+    """Of each image file the rows of those prompts (set, id), with the file's metadata."""
+    for path, prompts in wanted.items():
+        table = pq.read_table(path)
+        keys = zip(*(table.column(name).to_pylist() for name in ("prompt_set", "prompt_id")), strict=True)
+        rows = [place for place, (name, number) in enumerate(keys) if (name, str(number)) in prompts]
+        copy = folder / path.relative_to(root)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(table.take(rows), copy, compression="zstd")
+
+
+def _weights(study: StudyConfig) -> dict[str, dict[str, str]]:
+    """Run, by its path below the root -> sha256 of its last weights: of a rebuilt study, those noted when it ran."""
+    listed = study.root / PROVENANCE
+    if listed.is_file():
+        return json.loads(listed.read_text(encoding="utf-8"))["weights"]
+    found = {run: weights_hashes(study.root / run) for run in _runs(study)}
+    return {run: hashes for run, hashes in found.items() if hashes}
+
+
+def _runs(study: StudyConfig) -> list[str]:
+    return [f"runs/{arm}/seed{seed}" for arm in study.arms for seed in study.seeds]
 
 
 def figures_folder(repository: Path, study: str, judged: bool) -> Path:
@@ -65,16 +88,23 @@ def figures_folder(repository: Path, study: str, judged: bool) -> Path:
     return repository / "paper_figures" / ("" if judged else study)
 
 
-def _shown(study: StudyConfig, folder: Path) -> list[Path]:
+def shown(study: StudyConfig, folder: Path) -> list[Path]:
     """The tables or figures in a folder of results, without those that the study has nothing to put into."""
     experiments = study.experiments
     empty = {name for name, experiment in SHOWN_FOR.items() if not getattr(experiments, experiment)}
+    # Only a head: nothing of it was scored.
+    empty |= {path.stem for path in folder.glob("*.csv") if path.read_text(encoding="utf-8").count("\n") < 2}
     return [path for path in sorted(folder.iterdir()) if path.stem not in empty]
 
 
 def publish(study: StudyConfig, repository: Path = Path(".")) -> list[Path]:
-    """Copy tables, figures, claims, costs, scores and the experiments' csv files to results/reference/<study>/, and
-    figures and tables to paper_figures/. Returns the files written below the reference folder.
+    """Copy what a study found to results/reference/<study>/, and figures and tables to paper_figures/.
+
+    Beside tables, figures, verdicts and costs, the reference folder gets all that they are made from, in the layout of
+    results/<study>/ (`invdpo rebuild` makes them again from it): the resolved study, scores up to MAX_SCORES_BYTES, run
+    records and training logs, the experiments' files, distances of image sets, and the images that figures show.
+    provenance.json has the hash of every file, and of the weights, which are not published; ro-crate-metadata.json says
+    the same in RO-Crate's terms. Returns the files written below the reference folder.
 
     The study that judges the claims is the one that readers meet first: its figures and tables lie in paper_figures/
     itself, and its verdicts go into README.md. Any other study has paper_figures/<study>/. Tables and figures of
@@ -99,30 +129,26 @@ def publish(study: StudyConfig, repository: Path = Path(".")) -> list[Path]:
         folder.mkdir(parents=True)
         for name in ("tables", "figures"):
             (folder / name).mkdir()
-            for path in _shown(study, root / name):
+            for path in shown(study, root / name):
                 shutil.copy(path, folder / name / path.name)
-        for name in (*verdicts, "costs.json", "distribution.csv"):
-            if (root / name).exists():
-                shutil.copy(root / name, folder / name)
-        for path in sorted(root.glob("experiments/*/*.csv")):
-            copy = folder / path.relative_to(root)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, copy)
-        scores = _pack_scores(root / "scores", folder / "scores")
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
-        runs: dict[str, dict[str, object]] = {}
-        for arm in study.arms:
-            for seed in study.seeds:
-                record = load_run(root / "runs" / arm / f"seed{seed}")
-                if record is not None:
-                    runs.setdefault(arm, {})[f"seed{seed}"] = record
+        files = [root / name for name in (*verdicts, "costs.json", "distribution.csv", "distribution.json")]
+        files += [root / run / name for run in _runs(study) for name in ("run.json", "train.jsonl")]
+        _copy(root, folder, [*files, *root.glob("experiments/*/*")])
+        scores = sorted(root.glob("scores/*/seed*.parquet"))
+        whole = sum(path.stat().st_size for path in scores) <= MAX_SCORES_BYTES
+        _copy(root, folder, scores if whole else [])
+        _copy_images(root, folder, pictured(load_evidence(study)))
+        write_text(folder / "study.json", dump_study(study))
+        evidence = {"git_commit": git_commit(), "git_dirty": git_dirty(), "lock_hash": lock_hash()}
         content = {
             "study": study.study,
-            "scores_published": bool(scores),
-            "files": {str(path.relative_to(folder)): sha256_file(path) for path in files},
-            "runs": runs,
+            "scores_published": whole,
+            "files": {path.relative_to(folder).as_posix(): sha256_file(path) for path in _files(folder)},
+            "weights": _weights(study),
+            "evidence": evidence,
         }
-        write_json(folder / "provenance.json", content)
+        write_json(folder / PROVENANCE, content)
+        write_json(folder / METADATA, crate(folder, study, evidence, MADE))
 
     figures = figures_folder(repository, study.study, judged=text is not None)
     with replace_when_done(figures) as folder:
@@ -130,8 +156,12 @@ def publish(study: StudyConfig, repository: Path = Path(".")) -> list[Path]:
         for other in filter(Path.is_dir, figures.glob("*")):  # of other studies
             shutil.copytree(other, folder / other.name)
         for name in ("figures", "tables"):
-            for path in _shown(study, root / name):
+            for path in shown(study, root / name):
                 shutil.copy(path, folder / path.name)
     if text is not None:
         write_text(readme, text)
-    return sorted(path for path in reference.rglob("*") if path.is_file())
+    return _files(reference)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())

@@ -634,7 +634,7 @@ def missing_parts(evidence: Evidence, tables: Mapping[str, ShownTable]) -> list[
         )
     for arm in study.arms:
         seeds = [0] if study.arms[arm].method == "no_training" else study.seeds
-        scored = evidence.scores[arm].seeds if evidence.has(arm) else ()
+        scored = [seed for seed in seeds if (study.root / "scores" / arm / f"seed{seed}.parquet").is_file()]
         for part, there in (("scores", scored), ("images", _pictured(study, arm, seeds))):
             without = [seed for seed in seeds if seed not in there]
             if without:

@@ -6,6 +6,7 @@ to `costs.json`.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +48,7 @@ from invdpo.evidence.load import (
     scorer_title,
     step_families,
 )
-from invdpo.evidence.printing import NOT_RUN, Block, Table, format_interval, record_of, triple, write_table
+from invdpo.evidence.printing import Block, Table, format_interval, record_of, steady, triple, write_table
 from invdpo.evidence.statistics import Interval, mean_interval
 from invdpo.files import write_json
 
@@ -59,8 +60,8 @@ def _mean(evidence: Evidence, arm: str, scorer: str) -> Interval | None:
     return mean_interval(evidence.final(arm, scorer)) if evidence.has(arm, scorer) else None
 
 
-def _mean_text(mean: Interval | None, standing: str = "") -> str:
-    return NOT_RUN if mean is None else marked(format_interval(mean), standing)
+def _mean_text(evidence: Evidence, arm: str, scorer: str, mean: Interval | None, standing: str = "") -> str:
+    return evidence.absent(scorer, arm) if mean is None else marked(format_interval(mean), standing)
 
 
 def _paper(study: StudyConfig, arm: str, table: str, scorer: str, base: str, steps: str = "") -> float | None:
@@ -87,6 +88,11 @@ def _costs(evidence: Evidence, arm: str) -> dict[str, int]:
     return found
 
 
+def _spent(evidence: Evidence, record: dict[str, Any], columns: Iterable[str]) -> list[str]:
+    """What an arm cost, or what is missing before that can be said."""
+    return [f"{record[name]:,}" if name in record else evidence.absent(None, record["arm"]) for name in columns]
+
+
 def table1(evidence: Evidence) -> Table:
     """Methods x scores: means, differences from the base model, win rate on the primary score, and what was spent."""
     study, scorers, primary = evidence.study, evidence.scorers, evidence.primary
@@ -101,9 +107,8 @@ def table1(evidence: Evidence) -> Table:
     found, wins = _gains_and_wins(evidence, arms, base)
     records, means, gains, sizes, other = [], [], [], [], []
     for arm in arms:
-        done = evidence.has(arm)
-        record: dict[str, Any] = {"arm": arm, "status": "ok" if done else NOT_RUN, **_costs(evidence, arm)}
-        if done:
+        record: dict[str, Any] = {"arm": arm, "status": evidence.status(None, arm), **_costs(evidence, arm)}
+        if evidence.has(arm):
             record["seeds"] = len(evidence.scores[arm].seeds)
             record["prompts"] = len(evidence.scores[arm].prompts)
         mean_cells, gain_cells, size_cells = [], [], []
@@ -112,8 +117,8 @@ def table1(evidence: Evidence) -> Table:
             gain = found.get((arm, scorer))
             record |= record_of(scorer, mean) | {f"{scorer}_standing": standing}
             record |= difference_record(f"{scorer}_minus_base", gain)
-            mean_cells.append(_mean_text(mean, standing))
-            gain_cells.append("–" if arm == base else difference_text(gain))
+            mean_cells.append(_mean_text(evidence, arm, scorer, mean, standing))
+            gain_cells.append("–" if arm == base else difference_text(evidence, scorer, gain, arm, base))
             size_cells.append(f"{gain.detectable:.2g}" if gain and gain.detectable else "–")
         won = wins.get(arm)
         if won is not None:
@@ -123,16 +128,17 @@ def table1(evidence: Evidence) -> Table:
         records.append(record)
         name = arm_title(arm)
         means.append([name, *mean_cells])
-        rate = NOT_RUN if won is None else format_interval(won.interval) + (" *" if won.told else "")
-        gains.append([name, *gain_cells, "–" if arm == base else rate])
+        rate = "–" if arm == base else evidence.absent(primary, arm, base)
+        if won is not None:
+            rate = format_interval(won.interval) + (" *" if won.told else "")
+        gains.append([name, *gain_cells, rate])
         if arm != base:
             sizes.append([name, *size_cells])
         quoted = [
             " / ".join("–" if (v := record[f"paper_{s}_{w}"]) is None else f"{v:g}" for w in ("sdxl", "sd15"))
             for s in ("pickscore", "clip", "aesthetic")
         ]
-        spent = [f"{record[c]:,}" if c in record else NOT_RUN for c in ("optimizer_steps", "pairs_seen", "unet_evals")]
-        other.append([name, *spent, *quoted])
+        other.append([name, *_spent(evidence, record, ("optimizer_steps", "pairs_seen", "unet_evals")), *quoted])
     titles = [scorer_title(scorer) for scorer in scorers]
     blocks = [
         Block("Mean score", ["Method", *titles], means),
@@ -148,7 +154,7 @@ def table1(evidence: Evidence) -> Table:
             other,
         ),
     ]
-    notes = [NOTE, LEADERS_NOTE, TESTED_NOTE.format("the base model"), PAPER_NOTE]
+    notes = [NOTE, LEADERS_NOTE, TESTED_NOTE.format("the base model"), PAPER_NOTE, *evidence.missing([*arms, base])]
     return Table("Table 1: methods and scores", notes, records, columns, blocks)
 
 
@@ -186,23 +192,21 @@ def table3(evidence: Evidence) -> Table:
     for name, arms in families.items():
         fewest = next(iter(arms.values()))
         for count, arm in arms.items():
-            done = evidence.has(arm)
             record: dict[str, Any] = {"family": name, "inversion_steps": count, "arm": arm}
-            record |= {"status": "ok" if done else NOT_RUN, **_costs(evidence, arm)}
+            record |= {"status": evidence.status(None, arm), **_costs(evidence, arm)}
             mean_cells, gain_cells = [], []
             for scorer in scorers:
                 mean, standing = _mean(evidence, arm, scorer), place.get((name, arm, scorer), "")
                 gain = found.get((arm, fewest, scorer))
                 record |= record_of(scorer, mean) | {f"{scorer}_standing": standing}
                 record |= difference_record(f"{scorer}_minus_fewest", gain)
-                mean_cells.append(_mean_text(mean, standing))
-                gain_cells.append("–" if arm == fewest else difference_text(gain))
+                mean_cells.append(_mean_text(evidence, arm, scorer, mean, standing))
+                gain_cells.append("–" if arm == fewest else difference_text(evidence, scorer, gain, arm, fewest))
             for scorer in papers:
                 record[f"paper_{scorer}_sdxl"] = _paper(study, arm, "3", scorer, "sdxl", str(count))
             quoted = " / ".join("–" if (v := record[f"paper_{s}_sdxl"]) is None else f"{v:g}" for s in papers)
             records.append(record)
-            spent = f"{record['unet_evals']:,}" if "unet_evals" in record else NOT_RUN
-            means.append([arm_title(name), str(count), *mean_cells, spent, quoted])
+            means.append([arm_title(name), str(count), *mean_cells, *_spent(evidence, record, ["unet_evals"]), quoted])
             gains.append([arm_title(name), str(count), *gain_cells])
     titles = [scorer_title(scorer) for scorer in scorers]
     blocks = [
@@ -211,6 +215,7 @@ def table3(evidence: Evidence) -> Table:
     ]
     notes = [NOTE, f"{LEADERS_NOTE} A row is compared with those of its family."]
     notes += [TESTED_NOTE.format("the fewest steps"), detectable_note(evidence, found), PAPER_NOTE]
+    notes += evidence.missing(arm for arms in families.values() for arm in arms.values())
     return Table("Table 3: number of inversion steps N", notes, records, columns, blocks)
 
 
@@ -227,26 +232,23 @@ def table_s5(evidence: Evidence) -> Table:
     columns += [f"paper_{scorer}_{world}" for scorer, world in papers]
     records, rows = [], []
     for arm in arms:
-        record: dict[str, Any] = {"row": arm, "status": "ok" if evidence.has(arm) else NOT_RUN}
-        record |= _costs(evidence, arm)
+        record: dict[str, Any] = {"row": arm, "status": evidence.status(None, arm), **_costs(evidence, arm)}
         cells = []
         for scorer in scorers:
             mean, standing = _mean(evidence, arm, scorer), place.get(("all", arm, scorer), "")
             record |= record_of(scorer, mean) | {f"{scorer}_standing": standing}
-            cells.append(_mean_text(mean, standing))
+            cells.append(_mean_text(evidence, arm, scorer, mean, standing))
         record |= {f"paper_{s}_{w}": _paper(study, arm, "s5", s, w) for s, w in papers}
         records.append(record)
         rows.append([arm_title(arm), *cells, *_quoted_pairs(record)])
     if len(arms) > 1:
         first, last = arms[0], arms[-1]
-        record = {"row": f"{last} - {first}", "status": "ok"}
-        if not (evidence.has(first) and evidence.has(last)):
-            record["status"] = NOT_RUN
+        record = {"row": f"{last} - {first}", "status": evidence.status(None, last, first)}
         cells = []
         for scorer in scorers:
             gain = found.get((last, first, scorer))
             record |= difference_record(scorer, gain)
-            cells.append(difference_text(gain))
+            cells.append(difference_text(evidence, scorer, gain, last, first))
         for scorer, world in papers:
             values = [_paper(study, arm, "s5", scorer, world) for arm in (last, first)]
             if values[0] is not None and values[1] is not None:
@@ -257,6 +259,7 @@ def table_s5(evidence: Evidence) -> Table:
     head += [f"paper {scorer_title(scorer)} (SDXL / SD1.5)" for scorer in ("pickscore", "clip", "aesthetic")]
     blocks = [Block("Mean score", head, rows)]
     notes = [NOTE, LEADERS_NOTE, TESTED_NOTE.format("zero"), detectable_note(evidence, found), PAPER_NOTE]
+    notes += evidence.missing(arms)
     return Table("Table S5: one timestep of q against one of p", notes, records, columns, blocks)
 
 
@@ -284,18 +287,20 @@ def controls(evidence: Evidence) -> Table:
             for scorer in evidence.scorers:
                 gain, margin = found.get((arm, base or "", scorer)), found.get((method, arm, scorer))
                 standing = place.get((method, arm, scorer), "")
-                status = "ok" if evidence.has(arm, scorer) else NOT_RUN
-                record = {"method": method, "labels": labels, "arm": arm, "status": status, "scorer": scorer}
+                record = {"method": method, "labels": labels, "arm": arm, "status": evidence.status(scorer, arm)}
+                record |= {"scorer": scorer}
                 record |= difference_record("minus_base", gain) | {"standing": standing}
                 records.append(record | difference_record("true_minus_control", margin))
-                shown = "–" if labels == "true" else difference_text(margin)
-                by_scorer[scorer].append([arm_title(method), labels, marked(difference_text(gain), standing), shown])
+                shown = "–" if labels == "true" else difference_text(evidence, scorer, margin, arm, method)
+                gained = marked(difference_text(evidence, scorer, gain, arm, base), standing)
+                by_scorer[scorer].append([arm_title(method), labels, gained, shown])
     order = [primary, *[s for s in evidence.scorers if s != primary]] if primary in by_scorer else evidence.scorers
     head = ["Method", "Labels", "Minus base", "True labels minus these"]
     blocks = [Block(scorer_title(scorer), head, by_scorer[scorer]) for scorer in order]
     note = "A method that gains as much from shuffled labels as from true ones has not learnt a preference."
     notes = [NOTE, note, f"{LEADERS_NOTE} A row is compared with those of its method."]
     notes += [TESTED_NOTE.format("zero"), detectable_note(evidence, found)]
+    notes += evidence.missing([base, *(arm for _, arm in every)])
     return Table("Label controls", notes, records, columns, blocks)
 
 
@@ -304,12 +309,12 @@ def costs(evidence: Evidence) -> Table:
     columns = ["arm", "status", "optimizer_steps", "pairs_seen", "unet_evals"]
     records, rows = [], []
     for arm in evidence.study.arms:
-        record = {"arm": arm, "status": "ok" if evidence.has(arm) else NOT_RUN, **_costs(evidence, arm)}
+        record: dict[str, Any] = {"arm": arm, "status": evidence.status(None, arm), **_costs(evidence, arm)}
         records.append(record)
-        rows.append([arm_title(arm), *[f"{record[c]:,}" if c in record else NOT_RUN for c in columns[2:]]])
+        rows.append([arm_title(arm), *_spent(evidence, record, columns[2:])])
     note = "Per training seed. One UNet evaluation is one forward pass of one latent; a backward pass counts two."
     blocks = [Block("Training cost", ["Arm", "Optimizer steps", "Pairs", "UNet evaluations"], rows)]
-    return Table("Training cost", [note], records, columns, blocks)
+    return Table("Training cost", [note, *evidence.missing(evidence.study.arms)], records, columns, blocks)
 
 
 TABLES = {
@@ -347,7 +352,9 @@ def write(study: StudyConfig) -> list[Path]:
     for arm in arms:
         soon = {scorer: reach(evidence, arm, target, scorer, "seconds") for scorer in evidence.scorers}
         spent.setdefault(arm, {})["seconds_to_target"] = {"target": target} | {
-            scorer: reach_record(found) for scorer, found in soon.items() if found
+            scorer: {key: steady(value) if isinstance(value, float) else value for key, value in record.items()}
+            for scorer, found in soon.items()
+            if found and (record := reach_record(found))
         }
     path = study.root / "costs.json"
     write_json(path, spent)

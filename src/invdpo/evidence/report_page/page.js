@@ -3,7 +3,8 @@
 
 const read = (id) => JSON.parse(document.getElementById(id).textContent);
 const $ = (id) => document.getElementById(id);
-const MISSING = new Set(["", "–", "not run"]);
+// What a cell without a number says: see Evidence.absent.
+const missing = (text) => /^(|–|not run|no [^\d]*|.*seeds? [\d, ]+ missing)$/.test(text);
 
 function element(tag, attributes = {}, ...children) {
   const node = tag in { svg: 1, g: 1, line: 1, path: 1, circle: 1, rect: 1, text: 1, title: 1 }
@@ -57,10 +58,10 @@ function sortable(table) {
   const heads = [...table.tHead.rows[0].cells], body = table.tBodies[0], original = [...body.rows];
   heads.forEach((head, column) => {
     const texts = original.map((row) => row.cells[column].textContent.trim());
-    const present = texts.filter((text) => !MISSING.has(text));
+    const present = texts.filter((text) => !missing(text));
     const numeric = present.length > 0 && present.every((text) => sortValue(text) !== null);
     if (!numeric) [head, ...original.map((row) => row.cells[column])].forEach((cell) => cell.classList.add("text"));
-    const key = new Map(original.map((row, k) => [row, MISSING.has(texts[k]) ? null : numeric ? sortValue(texts[k]) : texts[k]]));
+    const key = new Map(original.map((row, k) => [row, missing(texts[k]) ? null : numeric ? sortValue(texts[k]) : texts[k]]));
     const button = element("button", { type: "button" }, head.textContent);
     head.replaceChildren(button);
     button.addEventListener("click", () => {
