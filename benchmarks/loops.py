@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from invdpo.backbones.sd15 import UNetEps, load_unet
+from invdpo.backbones.pipeline import UNetEps, load_unet
 from invdpo.device import autocast, resolve_dtype
 from invdpo.objectives import Recipe
 from invdpo.schedule import NoiseSchedule

@@ -22,6 +22,7 @@ except InvdpoError as error:
 SETTINGS = study.model_dump(mode="json")
 TUNING = SETTINGS.get("tuning") or {}
 STUDY = f"{study.root}/study.json"
+SHAPES_XL = "results/world/shapes_xl"  # a base that a rule makes
 GRID = tuned_file(study.study).with_suffix(".csv")  # what every method reached with every value that was tried
 TRAINED = [name for name in study.arms if study.arm(name).trains]
 UNTRAINED = [name for name in study.arms if not study.arm(name).trains]
@@ -118,11 +119,14 @@ def digest(*values):
 
 
 def local(*places):
-    """Files behind those places that are local files or folders; hub ids have none, and the stage checks the rest."""
+    """Files behind those places that are local files or folders, or what a rule makes there; hub ids have none, and the
+    stage checks the rest."""
     files = []
     for place in places:
         path = Path(str(place or "").removeprefix("local-dir:"))
-        if place and path.is_dir():
+        if place == SHAPES_XL:
+            files.append(place)
+        elif place and path.is_dir():
             files += sorted(file for file in path.rglob("*") if file.is_file())
         elif place and path.is_file():
             files.append(path)
@@ -262,10 +266,17 @@ PREFERENCES_KEY = digest(
     study.device,
     study.training.resolution,
     study.training.max_undecodable,
+    *filter(None, [study.vae, study.variant]),
     *([PAIR_SCORER] if PAIR_SCORER else []),
 )
 EVALUATION_KEY = digest(
-    study.base, study.prompts, study.device, study.precision, SETTINGS["scorers"], SETTINGS["sampling"]
+    study.base,
+    study.prompts,
+    study.device,
+    study.precision,
+    SETTINGS["scorers"],
+    SETTINGS["sampling"],
+    *filter(None, [study.vae, study.variant]),
 )
 DISTRIBUTION = SETTINGS["experiments"]["distribution"]
 APART = {*MEASURED, "held_out", "distribution"}

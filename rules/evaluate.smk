@@ -4,7 +4,7 @@
 rule evaluate:
     input:
         runs=rules.train.output,
-        base=local(study.base),
+        base=local(study.base, study.vae),
         prompts=local(study.prompts),
         scorers=scorer_files(),
     output:

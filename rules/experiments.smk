@@ -7,7 +7,7 @@ if "inversion_error" in STUDIED:
     rule inversion_error:
         input:
             rules.preferences.output,
-            base=local(study.base),
+            base=local(study.base, study.vae),
             held_out=local(study.experiments.held_out),
             scorers=scorer_files(),
         output:
@@ -38,7 +38,7 @@ if "precision" in STUDIED:
     rule precision:
         input:
             rules.preferences.output,
-            base=local(study.base),
+            base=local(study.base, study.vae),
             held_out=local(study.experiments.held_out),
             runs=runs_of("precision", ["run.json", "checkpoints"]),
         output:
@@ -68,7 +68,7 @@ if "audit" in STUDIED:
     rule audit:
         input:
             rules.preferences.output,
-            base=local(study.base),
+            base=local(study.base, study.vae),
             held_out=local(study.experiments.held_out),
             prompts=local(study.prompts),
             scorers=scorer_files(),

@@ -3,7 +3,7 @@
 
 rule preferences:
     input:
-        base=local(study.base),
+        base=local(study.base, study.vae),
         pairs=local(study.preferences),
         scorer=local(*(PAIR_SCORER or {}).values()),
     output:

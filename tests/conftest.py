@@ -103,6 +103,47 @@ def build_tiny_base(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
+def build_tiny_sdxl(folder: Path, tiny_base: Path, zero_empty: bool = True, seed: int = 1) -> Path:
+    """A `StableDiffusionXLPipeline` folder with random weights around the codec, scheduler and first tokenizer of the
+    tiny base; its second tokenizer pads with another token, as SDXL's does.
+    """
+    import torch
+    from diffusers import DiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    torch.manual_seed(seed)
+    base: Any = DiffusionPipeline.from_pretrained(tiny_base)
+    config = base.text_encoder.config.to_dict() | {"num_hidden_layers": 3}
+    wider = CLIPTextConfig(**config | {"hidden_size": 24, "projection_dim": 12, "hidden_act": "gelu"})
+    unet = UNet2DConditionModel(
+        sample_size=4,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=16 + 24,
+        attention_head_dim=(2, 4),  # pyright: ignore[reportArgumentType]
+        norm_num_groups=8,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=12 + 6 * 8,
+    )
+    pipeline = StableDiffusionXLPipeline(
+        vae=base.vae,
+        text_encoder=CLIPTextModel(CLIPTextConfig(**config)),
+        text_encoder_2=CLIPTextModelWithProjection(wider),
+        tokenizer=base.tokenizer,
+        tokenizer_2=CLIPTokenizer.from_pretrained(tiny_base / "tokenizer", pad_token="z"),
+        unet=unet,
+        scheduler=base.scheduler,
+        force_zeros_for_empty_prompt=zero_empty,
+        add_watermarker=False,
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
 def random_jpeg(generator: np.random.Generator, size: int = 40) -> bytes:
     """A smooth random picture as JPEG bytes."""
     coarse = generator.integers(0, 256, (5, 5, 3), dtype=np.uint8)
@@ -139,6 +180,12 @@ def tiny_pairs_frame(rows: int = 12, ties: int = 2, seed: int = 0) -> pd.DataFra
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pipeline folder of the SD1.5 family with random weights."""
     return build_tiny_base(tmp_path_factory.mktemp("base") / "pipeline")
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
+    """A pipeline folder of the SDXL family with random weights, 32x32 images as the tiny base's."""
+    return build_tiny_sdxl(tmp_path_factory.mktemp("sdxl") / "pipeline", tiny_base)
 
 
 @pytest.fixture(scope="session")

@@ -575,7 +575,7 @@ def check(study: StudyOption) -> None:
     """Check a study's files before anything long runs, and say what it holds."""
     config = _start(study)
     device = _device(config)
-    from invdpo.backbones.sd15 import load_schedule
+    from invdpo.backbones.pipeline import load_schedule
     from invdpo.preferences.reader import check_columns, find_files
     from invdpo.prompts import read_prompts
 

@@ -68,6 +68,11 @@ class TrainingConfig(Strict):
     resolution: PositiveInt = Field(512, description="pixels; images are resized and centre-cropped to a square")
     max_undecodable: float = Field(0.01, ge=0, le=1, description="share of pairs that may be skipped as undecodable")
     chunk: PositiveInt | None = Field(256, description="latents a policy call with graph; null: all at once")
+    micro_conditioning: Literal["image", "fixed"] = Field(
+        "image",
+        description="sizes that SDXL is told: each image's own and its crop's, as SDXL was trained, or "
+        "(1024, 1024, 0, 0, 1024, 1024) for all, as the released Inversion-DPO (train_ddim.py:471)",
+    )
     caption_dropout: float = Field(0.0, ge=0, le=1, description="share of pairs trained with the empty prompt")
 
     @model_validator(mode="after")
@@ -433,7 +438,9 @@ class StudyConfig(Strict):
     """Everything that decides what a study computes."""
 
     study: Name
-    base: str = Field(description="diffusers pipeline folder of the SD1.5 family, or hub id")
+    base: str = Field(description="diffusers pipeline folder of the SD1.5 or SDXL family, or hub id")
+    vae: str | None = Field(None, description="folder or hub id of an image codec; null: the base's own")
+    variant: str | None = Field(None, description="which of the base's weight files, as fp16; null: the plain ones")
     preferences: str = Field(description="Pick-a-Pic v2 parquet file, folder of them, or hub dataset id")
     prompts: str = Field(description="txt, csv, tsv or jsonl file")
     scorers: ScorersConfig
@@ -529,6 +536,7 @@ class StudyConfig(Strict):
             "device": self.device,
             "precision": self.precision,
         }
+        identity |= {key: value for key in ("vae", "variant") if (value := getattr(self, key)) is not None}
         if self.checksums is not None and Path(self.checksums).is_file():
             listing = Path(self.checksums)
             entries = {str(listing.parent / name): digest for name, digest in read_checksums(listing).items()}

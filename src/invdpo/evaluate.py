@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import torch
 from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
-from invdpo.backbones import sd15
+from invdpo.backbones.pipeline import UNetEps, load_schedule, load_unet, load_vae
+from invdpo.backbones.text import empty_prompt, encode_prompts, for_sampling, load_text
 from invdpo.device import resolve_dtype
 from invdpo.errors import InvdpoError
 from invdpo.inversion.guidance import two_model_guidance
@@ -26,7 +28,7 @@ from invdpo.sampling import decode, prompt_generator, sample, unet_evaluations
 from invdpo.scorers import build_scorers
 from invdpo.scorers.pictures import Pictures
 from invdpo.scorers.rows import HEAD, SCORES, picture_hash, score_rows, write_parquet
-from invdpo.types import Conditioning, EpsModel
+from invdpo.types import EpsModel
 
 if TYPE_CHECKING:
     from invdpo.config import ArmConfig, StudyConfig
@@ -36,11 +38,13 @@ IMAGES = pa.schema([*HEAD, ("sha256", pa.string()), ("png", pa.binary())])
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Weights to evaluate. folder: a folder with `unet/`, or the base pipeline's folder or hub id."""
+    """Weights to evaluate. folder: a folder with `unet/`, or the base pipeline's folder or hub id. variant: which of
+    its files."""
 
     seed: int
     step: int
     folder: str
+    variant: str | None = None
 
 
 def evaluate(study: StudyConfig, arm: str, seeds: Sequence[int], device: torch.device) -> list[Path]:
@@ -69,7 +73,7 @@ def checkpoints_of(study: StudyConfig, arm: ArmConfig, seed: int) -> list[Checkp
     configuration's.
     """
     if not arm.trains:
-        return [Checkpoint(0, 0, study.base)]
+        return [Checkpoint(0, 0, study.base, study.variant)]
     run = study.root / "runs" / arm.name / f"seed{seed}"
     again = f"run `invdpo train --study … --arm {arm.name} --seed {seed}`"
     try:
@@ -92,13 +96,13 @@ class _Studio:
         self.study, self.prompts, self.device = study, prompts, device
         self.prompt_set = Path(study.prompts).stem
         self.dtype = resolve_dtype(device, study.precision)
-        self.schedule = sd15.load_schedule(study.base)
-        self.vae = sd15.load_vae(study.base, device)
+        self.schedule = load_schedule(study.base)
+        self.vae = load_vae(study.base, device, study.vae, self.dtype, study.variant)
         self.scorers = build_scorers(study.scorers, device)
-        text = sd15.load_text(study.base, device)
+        text = load_text(study.base, device, study.variant)
         # Kept on the CPU: the embeddings of a large prompt set would take a gigabyte of the GPU's memory.
-        self.embeds = sd15.encode_prompts(text, prompts).cpu()
-        self.uncond = sd15.encode_prompts(text, [""]).cpu()
+        self.cond = encode_prompts(text, prompts).map(Tensor.cpu)
+        self.empty = empty_prompt(text).map(Tensor.cpu)
         factor = 2 ** (len(self.vae.config["block_out_channels"]) - 1)
         side = study.training.resolution // factor
         self.shape = (int(self.vae.config["latent_channels"]), side, side)
@@ -111,21 +115,25 @@ class _Studio:
     @cached_property
     def base(self) -> Any:
         """The base's UNet, for arms that are sampled beside it."""
-        return sd15.load_unet(self.study.base, self.device)
+        return load_unet(self.study.base, self.device, variant=self.study.variant)
+
+    def unet(self, checkpoint: Checkpoint) -> Any:
+        """The checkpoint's UNet, which must be one of the base's family."""
+        return load_unet(checkpoint.folder, self.device, base=self.study.base, variant=checkpoint.variant)
 
     def model(self, arm: ArmConfig, unet: Any) -> tuple[EpsModel, float]:
         """What an arm's UNet is sampled as, and with which guidance scale: 1 where the model is guided already."""
         scale = self.study.sampling.guidance_scale
-        trained = sd15.UNetEps(unet, self.dtype)
+        trained = UNetEps(unet, self.dtype)
         if arm.trains and arm.recipe.sampling_branch == "unconditional":
-            return two_model_guidance(sd15.UNetEps(self.base, self.dtype), trained, scale), 1.0
+            return two_model_guidance(UNetEps(self.base, self.dtype), trained, scale), 1.0
         return trained, scale
 
     def draw(self, eps_model: EpsModel, guidance_scale: float, ids: range) -> Pictures:
         """The pictures that an eps-model makes for some prompts."""
         sampling = self.study.sampling
-        embeds = self.embeds[ids.start : ids.stop]
-        cond = Conditioning(embeds, uncond=Conditioning(self.uncond.expand(len(ids), -1, -1)))
+        prompts = self.cond.map(lambda value: value[ids.start : ids.stop])
+        cond = for_sampling(prompts, self.empty, self.study.training.resolution)
         latents = sample(
             eps_model,
             cond.map(lambda value: value.to(self.device)),
@@ -144,7 +152,7 @@ def _evaluate_seed(studio: _Studio, arm: ArmConfig, checkpoints: list[Checkpoint
     images, scores = [], []
     for checkpoint in checkpoints:
         bar.set_description(f"{arm.name} seed {checkpoint.seed} step {checkpoint.step}")
-        eps_model, scale = studio.model(arm, sd15.load_unet(checkpoint.folder, studio.device))
+        eps_model, scale = studio.model(arm, studio.unet(checkpoint))
         for ids in studio.batches():
             try:
                 pictures = studio.draw(eps_model, scale, ids)

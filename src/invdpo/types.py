@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -13,7 +14,8 @@ from torch import Tensor
 class Conditioning:
     """What a UNet is conditioned on, one row a latent.
 
-    embeds: (B, L, D) token embeddings. pooled: (B, P) and time_ids: (B, 6) exist for the SDXL family only.
+    embeds: (B, L, D) token embeddings. pooled: (B, P) and time_ids: (B, 6) exist for the SDXL family only; time_ids
+    are pixels: (h, w) of the original image, (top, left) of the crop, (h, w) of the target.
     uncond: the same fields for the empty prompt, needed wherever guidance differs from 1.
     """
 
@@ -33,6 +35,11 @@ class Conditioning:
                 changed[field.name] = value.map(function)
         return Conditioning(**changed)
 
+    def with_time_ids(self, time_ids: Tensor) -> Conditioning:
+        """The same prompts for images of these sizes (B, 6); the empty prompt gets the same sizes."""
+        uncond = None if self.uncond is None else self.uncond.with_time_ids(time_ids)
+        return replace(self, time_ids=time_ids, uncond=uncond)
+
     def without_uncond(self) -> Conditioning:
         """The conditional half alone."""
         return Conditioning(self.embeds, self.pooled, self.time_ids)
@@ -43,9 +50,23 @@ class Conditioning:
 EpsModel = Callable[[Tensor, Tensor, Conditioning | None], Tensor]
 
 
+@overload
+def select(cond: Conditioning, index: Tensor) -> Conditioning: ...
+@overload
+def select(cond: None, index: Tensor) -> None: ...
+@overload
+def select(cond: Conditioning | None, index: Tensor) -> Conditioning | None: ...
 def select(cond: Conditioning | None, index: Tensor) -> Conditioning | None:
     """The rows `index` (int64) of a conditioning; rows may repeat. None stays None."""
     return None if cond is None else cond.map(lambda value: value[index.to(value.device)])
+
+
+def where(chosen: Tensor, first: Conditioning, second: Conditioning) -> Conditioning:
+    """The rows of `first` where chosen (B,) is true, those of `second` elsewhere: prompts only, sizes are left out."""
+    embeds = torch.where(chosen[:, None, None], first.embeds, second.embeds)
+    if first.pooled is None or second.pooled is None:
+        return Conditioning(embeds)
+    return Conditioning(embeds, torch.where(chosen[:, None], first.pooled, second.pooled))
 
 
 def concatenate(first: Conditioning | None, second: Conditioning | None) -> Conditioning | None:

@@ -12,7 +12,7 @@ from PIL import Image
 from scipy.stats import t
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from invdpo.backbones.sd15 import load_schedule, load_unet, load_vae
+from invdpo.backbones.pipeline import load_schedule, load_unet, load_vae
 from invdpo.device import DTYPES
 from invdpo.errors import InvdpoError
 from invdpo.experiments.audit import (

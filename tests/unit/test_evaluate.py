@@ -18,11 +18,11 @@ from conftest import Brightness
 from PIL import Image
 
 from invdpo import evaluate as stage
-from invdpo.backbones.sd15 import load_unet
+from invdpo.backbones.pipeline import UNetEps, load_unet
+from invdpo.backbones.text import for_sampling
 from invdpo.config import StudyConfig, parse_study
 from invdpo.errors import InvdpoError
 from invdpo.evaluate import evaluate
-from invdpo.types import Conditioning
 
 CPU = torch.device("cpu")
 
@@ -145,9 +145,9 @@ def test_an_unconditional_policy_is_what_guidance_leads_away_from(study: StudyCo
     model, scale = studio.model(study.arm("away"), trained)
     x, t = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([500])
     with torch.no_grad():
-        prompt = stage.sd15.UNetEps(load_unet(study.base, CPU))(x, t, Conditioning(studio.embeds))
-        empty = stage.sd15.UNetEps(trained)(x, t, Conditioning(studio.uncond))
-        found = model(x, t, Conditioning(studio.embeds, uncond=Conditioning(studio.uncond)))
+        prompt = UNetEps(load_unet(study.base, CPU))(x, t, studio.cond)
+        empty = UNetEps(trained)(x, t, studio.empty)
+        found = model(x, t, for_sampling(studio.cond, studio.empty, 32))
     torch.testing.assert_close(found, empty + 3.0 * (prompt - empty))
     assert scale == 1.0
 

@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from invdpo.backbones.sd15 import UNetEps, load_schedule, load_unet
+from invdpo.backbones.pipeline import UNetEps, load_schedule, load_unet
 from invdpo.config import StudyConfig, parse_study
 from invdpo.errors import InvdpoError
 from invdpo.evidence import experiments as evidence

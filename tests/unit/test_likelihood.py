@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from invdpo.backbones.sd15 import UNetEps
+from invdpo.backbones.pipeline import UNetEps
 from invdpo.errors import InvdpoError
 from invdpo.inversion import invert
 from invdpo.likelihood import log_prob, log_prob_estimate

@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from invdpo.backbones import sd15
+from invdpo.backbones import pipeline
 from invdpo.errors import InvdpoError
 from invdpo.inversion import invert
 from invdpo.objectives import backward, load_recipe, make_recipe, preference_loss
@@ -234,6 +234,33 @@ def test_swapping_winner_and_loser_negates_the_difference_exactly(method):
     difference = there.logratio_win - there.logratio_lose
     assert torch.equal(difference, -(back.logratio_win - back.logratio_lose))
     assert float(difference.detach().abs().min()) > 0
+
+
+@pytest.mark.parametrize("method", SHARED)
+def test_losers_may_be_conditioned_on_something_else(method):
+    """As in SDXL, which is told the size of each image: every log-ratio is the one of its own conditioning."""
+    policy, reference = networks()
+    win, lose, cond = batch()
+    other = cond.map(lambda value: value + 0.5)
+
+    def ratios(first, second=None):
+        out = preference_loss(
+            small(method), policy, reference, win, lose, first, SCHEDULE, generators(), strengths(), second
+        )
+        return out.logratio_win, out.logratio_lose
+
+    for found, expected in zip(ratios(cond, other), (ratios(cond)[0], ratios(other)[1]), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+    assert (ratios(cond, other)[1] - ratios(cond)[1]).abs().min() > 1e-6
+    preference_loss(
+        small(method), policy, reference, win, lose, cond, SCHEDULE, generators(), strengths(), other
+    ).loss.backward()
+    expected = policy.gradient()
+    for chunk in (None, 4):
+        policy.zero_grad()
+        options = {"strength": strengths(), "chunk": chunk, "cond_lose": other}
+        backward(small(method), policy, reference, win, lose, cond, SCHEDULE, generators(), **options)
+        torch.testing.assert_close(policy.gradient(), expected, rtol=1e-8, atol=1e-11)
 
 
 def test_a_pair_shares_timestep_and_noise():
@@ -579,7 +606,7 @@ def test_stationary_at_the_reference_through_convolutions_and_matrix_products(me
 @pytest.mark.parametrize("method", ["inversion_dpo_paper", "inversion_dpo_code"])
 def test_a_real_unet_has_exactly_no_gradient_at_the_reference_in_any_memory_format(method: str) -> None:
     """Kernels round by memory format, and a trajectory need not come back in that of the latents it started from."""
-    reference = sd15.load_unet("assets/shapes/base", torch.device("cpu")).requires_grad_(False)
+    reference = pipeline.load_unet("assets/shapes/base", torch.device("cpu")).requires_grad_(False)
     policy = copy.deepcopy(reference).requires_grad_(True)
     win, lose = (
         x.to(memory_format=torch.channels_last)
@@ -589,7 +616,7 @@ def test_a_real_unet_has_exactly_no_gradient_at_the_reference_in_any_memory_form
     embeds = torch.randn(2, 6, width, generator=torch.Generator().manual_seed(1))
     cond = Conditioning(embeds, uncond=Conditioning(torch.zeros_like(embeds)))
     recipe = small(method, reference_label_dtype="float32", reference_dtype="float32")
-    networks = sd15.UNetEps(policy), sd15.UNetEps(reference)
+    networks = pipeline.UNetEps(policy), pipeline.UNetEps(reference)
     backward(recipe, *networks, win, lose, cond, SCHEDULE, generators(2), chunk=512)
     assert all(p.grad is None or torch.count_nonzero(p.grad) == 0 for p in policy.parameters())
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from invdpo.backbones import sd15
+from invdpo.backbones import pipeline
+from invdpo.backbones.text import empty_prompt, encode_prompts, for_sampling, load_text
 from invdpo.errors import InvdpoError
 from invdpo.sampling import decode, prompt_generator, sample, unet_evaluations
 from invdpo.types import Conditioning
@@ -22,14 +23,13 @@ PROMPTS = ["a red circle", "a blue square left of a red circle", "a green triang
 
 @pytest.fixture(scope="module")
 def cond(tiny_base: Path) -> Conditioning:
-    text = sd15.load_text(tiny_base, CPU)
-    uncond = sd15.encode_prompts(text, [""]).expand(len(PROMPTS), -1, -1)
-    return Conditioning(sd15.encode_prompts(text, PROMPTS), uncond=Conditioning(uncond))
+    text = load_text(tiny_base, CPU)
+    return for_sampling(encode_prompts(text, PROMPTS), empty_prompt(text), 32)
 
 
 @pytest.fixture(scope="module")
-def eps_model(tiny_base: Path) -> sd15.UNetEps:
-    return sd15.UNetEps(sd15.load_unet(tiny_base, CPU))
+def eps_model(tiny_base: Path) -> pipeline.UNetEps:
+    return pipeline.UNetEps(pipeline.load_unet(tiny_base, CPU))
 
 
 def generators(count: int = len(PROMPTS)) -> list[torch.Generator]:
@@ -43,8 +43,8 @@ def test_equals_diffusers_pipeline(
 ) -> None:
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 
-    pipeline: Any = StableDiffusionPipeline.from_pretrained(tiny_base, safety_checker=None)
-    pipeline.set_progress_bar_config(disable=True)
+    stock: Any = StableDiffusionPipeline.from_pretrained(tiny_base, safety_checker=None)
+    stock.set_progress_bar_config(disable=True)
     noise = torch.stack([torch.randn(SHAPE, generator=generator) for generator in generators()])
     options: dict[str, Any] = {
         "prompt": PROMPTS,
@@ -53,19 +53,19 @@ def test_equals_diffusers_pipeline(
         "eta": 0.0,
         "latents": noise,
     }
-    expected = pipeline(**options, output_type="latent").images
-    pictures = pipeline(**options, output_type="np").images
-    schedule = sd15.load_schedule(tiny_base)
+    expected = stock(**options, output_type="latent").images
+    pictures = stock(**options, output_type="np").images
+    schedule = pipeline.load_schedule(tiny_base)
     found = sample(eps_model, cond, schedule, steps, guidance_scale, generators(), SHAPE)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert (found - noise).abs().max() > 0.1
-    decoded = decode(sd15.load_vae(tiny_base, CPU), found)
+    decoded = decode(pipeline.load_vae(tiny_base, CPU), found)
     assert decoded.dtype == np.uint8 and decoded.shape == (3, 32, 32, 3)
     assert np.abs(decoded.astype(int) - np.round(pictures * 255).astype(int)).max() <= 1
 
 
 def test_batch_size_changes_rounding_only(tiny_base: Path, eps_model: Any, cond: Conditioning) -> None:
-    schedule = sd15.load_schedule(tiny_base)
+    schedule = pipeline.load_schedule(tiny_base)
     together = sample(eps_model, cond, schedule, 10, 5.0, generators(), SHAPE)
     for row in range(len(PROMPTS)):
         alone = sample(
@@ -78,13 +78,13 @@ def test_batch_size_changes_rounding_only(tiny_base: Path, eps_model: Any, cond:
             SHAPE,
         )
         torch.testing.assert_close(alone[0], together[row], rtol=1e-4, atol=1e-4)
-    vae = sd15.load_vae(tiny_base, CPU)
+    vae = pipeline.load_vae(tiny_base, CPU)
     one_by_one = np.concatenate([decode(vae, latent[None]) for latent in together])
     assert np.abs(one_by_one.astype(int) - decode(vae, together).astype(int)).max() <= 1
 
 
 def test_decoding_in_chunks_changes_nothing(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    vae = sd15.load_vae(tiny_base, CPU)
+    vae = pipeline.load_vae(tiny_base, CPU)
     latents = torch.randn(5, *SHAPE, generator=prompt_generator(0, 0))
     whole = decode(vae, latents)
     monkeypatch.setattr("invdpo.sampling.ddim.DECODED_PIXELS", 2 * 32 * 32)
@@ -110,12 +110,12 @@ def test_evaluations_are_those_spent(tiny_base: Path, cond: Conditioning, guidan
         assert t.shape == (len(x),) and t.dtype == torch.int64
         return torch.zeros_like(x)
 
-    sample(counting, cond, sd15.load_schedule(tiny_base), 6, guidance_scale, generators(), SHAPE)
+    sample(counting, cond, pipeline.load_schedule(tiny_base), 6, guidance_scale, generators(), SHAPE)
     assert spent == unet_evaluations(len(PROMPTS), 6, guidance_scale)
 
 
 def test_errors_name_the_sampling_field(tiny_base: Path, eps_model: Any, cond: Conditioning) -> None:
-    schedule = sd15.load_schedule(tiny_base)
+    schedule = pipeline.load_schedule(tiny_base)
     with pytest.raises(InvdpoError, match="sampling.guidance_scale"):
         sample(eps_model, cond.without_uncond(), schedule, 5, 3.0, generators(), SHAPE)
     with pytest.raises(InvdpoError, match="sampling.steps"):

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from invdpo import objectives
-from invdpo.backbones import sd15
+from invdpo.backbones import pipeline
 from invdpo.config import StudyConfig, dump_study
 from invdpo.errors import InvdpoError
 from invdpo.preferences.cache import cache_key, load_cache
@@ -131,9 +131,9 @@ def test_a_trained_checkpoint_loads_as_a_unet_and_differs_from_the_base(
 ) -> None:
     train(study_with_cache())
     assert sorted(path.name for path in (out() / "checkpoints").iterdir()) == ["step000002", "step000004"]
-    base = sd15.load_unet(tiny_base, CPU).state_dict()
-    early = sd15.load_unet(out() / "checkpoints" / "step000002", CPU).state_dict()
-    final = sd15.load_unet(out(), CPU).state_dict()
+    base = pipeline.load_unet(tiny_base, CPU).state_dict()
+    early = pipeline.load_unet(out() / "checkpoints" / "step000002", CPU).state_dict()
+    final = pipeline.load_unet(out(), CPU).state_dict()
     assert (out() / "checkpoints" / "step000004" / "unet" / WEIGHTS).read_bytes() == weights()
     distance = math.sqrt(sum(float((final[key] - base[key]).square().sum()) for key in base))
     assert distance > 0 and any(not torch.equal(early[key], final[key]) for key in final)
@@ -156,8 +156,8 @@ def test_without_a_reference_the_log_tells_how_well_each_image_is_denoised(study
     study = study_with_cache(arms={"arm": arm})
     train(study, "arm")
     (row,) = rows("arm")
-    cache, schedule = load_cache(study.root / "preferences", CPU), sd15.load_schedule(study.base)
-    base = sd15.UNetEps(sd15.load_unet(study.base, CPU))
+    cache, schedule = load_cache(study.root / "preferences", CPU), pipeline.load_schedule(study.base)
+    base = pipeline.UNetEps(pipeline.load_unet(study.base, CPU))
     pairs = pair_order(0, 1, 10, 10)
     batch = draw(cache, torch.zeros(10, dtype=torch.bool), pairs, 0, 1, 0, 0.0)
     drawn = [(torch.randint(1000, (1,), generator=g), torch.randn((1, 4, 4, 4), generator=g)) for g in batch.generators]
@@ -272,7 +272,7 @@ def test_second_interrupt_stops_at_once() -> None:
 
 
 def gradient_of_first_step(study: StudyConfig, arm: str = "dpo") -> tuple[torch.Tensor, list[Any]]:
-    base = sd15.load_unet(study.base, CPU, study.arm(arm).training.gradient_checkpointing)
+    base = pipeline.load_unet(study.base, CPU, study.arm(arm).training.gradient_checkpointing)
     run = loop.Run(study, study.arm(arm), 0, CPU)
     policy = loop.initial_policy(base, None)
     assert policy.is_gradient_checkpointing == study.arm(arm).training.gradient_checkpointing
@@ -282,7 +282,7 @@ def gradient_of_first_step(study: StudyConfig, arm: str = "dpo") -> tuple[torch.
         loop.frozen_reference(base, "float32", CPU),
         base,
         torch.optim.SGD(policy.parameters(), lr=0.0),
-        sd15.load_schedule(study.base),
+        pipeline.load_schedule(study.base),
         load_cache(study.root / "preferences", CPU, scored=True),
         torch.float32,
         loop.state.Progress(),
@@ -504,7 +504,7 @@ def test_initial_rounding_starts_the_policy_from_rounded_weights(study_with_cach
         "training": {"steps": 1, "learning_rate": 1.0e-20},
     }
     train(study_with_cache(arms={"arm": arm}, training={"weight_decay": 0.0}), "arm")
-    base = sd15.load_unet(tiny_base, CPU).state_dict()
+    base = pipeline.load_unet(tiny_base, CPU).state_dict()
     trained = load_file(out("arm") / "unet" / WEIGHTS)
     for key, value in base.items():
         torch.testing.assert_close(trained[key], value.bfloat16().float(), rtol=0, atol=1e-12)
@@ -594,7 +594,7 @@ def test_non_finite_numbers_stop_the_run_and_keep_the_last_good_checkpoint(
     study = study_with_cache(training={"steps": 6, "checkpoints": [2]})
     real, calls = objectives.backward, []
 
-    def failing(recipe: Any, policy: sd15.UNetEps, *arguments: Any, **options: Any) -> objectives.LossOutput:
+    def failing(recipe: Any, policy: pipeline.UNetEps, *arguments: Any, **options: Any) -> objectives.LossOutput:
         calls.append(1)
         output = real(recipe, policy, *arguments, **options)
         if len(calls) < 4:
@@ -681,7 +681,7 @@ def test_fp16_overflow_repeats_the_step_with_a_smaller_scale(
     study = study_with_cache(precision="fp16", training={"steps": 2, "batch": 2, "beta": 1.0})
     real, scales = objectives.backward, []
 
-    def overflowing(recipe: Any, policy: sd15.UNetEps, *arguments: Any, **options: Any) -> objectives.LossOutput:
+    def overflowing(recipe: Any, policy: pipeline.UNetEps, *arguments: Any, **options: Any) -> objectives.LossOutput:
         scales.append(options["loss_scale"])
         output = real(recipe, policy, *arguments, **options)
         if len(scales) == 1:
@@ -695,7 +695,7 @@ def test_fp16_overflow_repeats_the_step_with_a_smaller_scale(
 
 
 def test_a_half_precision_reference_has_rounded_weights_on_a_cpu(tiny_base: Path) -> None:
-    base = sd15.load_unet(tiny_base, CPU)
+    base = pipeline.load_unet(tiny_base, CPU)
     reference = loop.frozen_reference(base, "float16", CPU)
     assert {parameter.dtype for parameter in reference.parameters()} == {torch.float32}
     pairs = list(zip(reference.parameters(), base.parameters(), strict=True))

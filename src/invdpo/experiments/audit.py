@@ -24,7 +24,7 @@ from torch.nn.functional import conv2d, interpolate
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.checkpoint import checkpoint
 
-from invdpo.backbones.sd15 import UNetEps
+from invdpo.backbones.pipeline import UNetEps
 from invdpo.device import DTYPES, autocast
 from invdpo.errors import InvdpoError
 from invdpo.evidence.statistics import LEVEL, mean_interval
@@ -173,6 +173,7 @@ def gradient(
                 strength,
                 loss_scale=scale,
                 chunk=chunk,
+                cond_lose=pairs.cond_lose,
             )
             found = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
             flat = parameters_to_vector(found) / scale
@@ -427,8 +428,10 @@ def _checkpointed(eps_model: EpsModel) -> EpsModel:
 def _labelled(pairs: Pairs, rows: Tensor, swap: bool) -> Pairs:
     """The given pairs, with winner and loser exchanged where asked."""
     win, lose = (side[rows.to(side.device)] for side in (pairs.win, pairs.lose))
-    cond = select(pairs.cond, rows)
-    return Pairs(lose, win, cond) if swap else Pairs(win, lose, cond)
+    cond, cond_lose = select(pairs.cond, rows), select(pairs.cond_lose, rows)
+    if not swap:
+        return Pairs(win, lose, cond, cond_lose)
+    return Pairs(lose, win, cond if cond_lose is None else cond_lose, cond)
 
 
 def _trainable(policy: Module) -> list[torch.nn.Parameter]:

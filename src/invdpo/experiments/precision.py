@@ -31,11 +31,18 @@ SIDES = ("win", "lose")
 
 @dataclass(frozen=True)
 class Pairs:
-    """P held-out pairs: clean latents win, lose (P,C,H,W) and their prompts' conditioning (P rows)."""
+    """P held-out pairs: clean latents win, lose (P,C,H,W) and their prompts' conditioning (P rows); cond_lose: that of
+    the losers where it is another one."""
 
     win: Tensor
     lose: Tensor
     cond: Conditioning | None
+    cond_lose: Conditioning | None = None
+
+    @property
+    def both(self) -> Conditioning | None:
+        """The conditioning of winners, then losers (2P rows)."""
+        return concatenate(self.cond, self.cond if self.cond_lose is None else self.cond_lose)
 
 
 def true_log_prob(
@@ -56,7 +63,7 @@ def true_log_prob(
     label "previous", though the released code inverts with "next": see the note on labels in `invdpo.likelihood`.
     Raises as `log_prob` does.
     """
-    x0, cond = torch.cat([pairs.win, pairs.lose]), concatenate(pairs.cond, pairs.cond)
+    x0, cond = torch.cat([pairs.win, pairs.lose]), pairs.both
     return log_prob(
         eps_model,
         x0,
@@ -137,9 +144,9 @@ def surrogate(
         pair = rows // draws
         generators = [generator(seed, int(row) % draws, int(row) // draws, "precision") for row in rows]
         win, lose = (side[pair.to(side.device)] for side in (pairs.win, pairs.lose))
-        cond = select(pairs.cond, pair)
+        cond, cond_lose = select(pairs.cond, pair), select(pairs.cond_lose, pair)
         strength = torch.ones(len(rows))  # of a preference; the loss may ask for it, a log-ratio never depends on it
-        out = preference_loss(recipe, policy, reference, win, lose, cond, schedule, generators, strength)
+        out = preference_loss(recipe, policy, reference, win, lose, cond, schedule, generators, strength, cond_lose)
         assert out.logratio_lose is not None  # the recipe compares pairs
         parts.append(torch.stack([out.logratio_win, out.logratio_lose]).double())
         evals += out.unet_evals

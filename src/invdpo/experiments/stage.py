@@ -22,7 +22,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from invdpo.backbones import sd15
+from invdpo.backbones.pipeline import UNetEps, encode_images, load_schedule, load_unet, load_vae
+from invdpo.backbones.text import empty_prompt, encode_prompts, for_sampling, load_text
 from invdpo.errors import InvdpoError
 from invdpo.evaluate import checkpoints_of
 from invdpo.experiments.audit import Drawing, Noise, audit, cosine, decoder, pickscore, reward_gradient, summary
@@ -37,7 +38,7 @@ from invdpo.experiments.preference_accuracy import (
 )
 from invdpo.files import replace_when_done, write_json
 from invdpo.objectives import Recipe, load_recipe
-from invdpo.preferences.cache import ENCODED_AT_ONCE, PreferenceCache, load_cache, pick_scores, square
+from invdpo.preferences.cache import ENCODED_AT_ONCE, PreferenceCache, load_cache, pick_scores, square, time_ids
 from invdpo.preferences.labels import strengths
 from invdpo.preferences.reader import Counts, Pair, check_columns, find_files, read_pairs, read_votes
 from invdpo.prompts import read_prompts
@@ -87,7 +88,7 @@ class Counter:
 
     def eps_model(self, unet: Any, dtype: torch.dtype = torch.float32) -> Callable[..., Tensor]:
         """The UNet as an eps-model, its passes in `dtype`."""
-        model = sd15.UNetEps(unet, dtype)
+        model = UNetEps(unet, dtype)
 
         def count(passes: int) -> None:
             self.evaluations += passes
@@ -178,9 +179,10 @@ def held_out(
         cache = _encoded(study, pairs, device)
         scores = None if scorer is None else pick_scores(scorer, pairs)
     # No step of training has the number 0.
-    batch = draw(cache, torch.zeros(len(cache), dtype=torch.bool), rows, 0, 0, 0, caption_dropout=0.0)
+    told = study.training.micro_conditioning
+    batch = draw(cache, torch.zeros(len(cache), dtype=torch.bool), rows, 0, 0, 0, 0.0, told)
     strength = None if scores is None else strengths(scores, trained).to(device)
-    return HeldOut(Pairs(batch.x0_win, batch.x0_lose, batch.cond), captions, ids, strength)
+    return HeldOut(Pairs(batch.x0_win, batch.x0_lose, batch.cond, batch.cond_lose), captions, ids, strength)
 
 
 def _check_count(study: StudyConfig, arms: Sequence[str], found: int, count: int) -> None:
@@ -208,20 +210,28 @@ def _without(pairs: Iterable[Pair], known: set[str]) -> Iterator[Pair]:
 
 def _encoded(study: StudyConfig, pairs: list[Pair], device: torch.device) -> PreferenceCache:
     """Pairs encoded as `prepare` encodes them."""
-    vae, text = sd15.load_vae(study.base, device), sd15.load_text(study.base, device)
+    vae = load_vae(study.base, device, study.vae, variant=study.variant)
+    text = load_text(study.base, device, study.variant)
     images = [image for pair in pairs for image in (pair.winner_image, pair.loser_image)]
     squares = torch.stack([square(image, study.training.resolution) for image in images])
-    parts = [sd15.encode_images(vae, part.to(device)) for part in squares.split(ENCODED_AT_ONCE)]
+    parts = [encode_images(vae, part.to(device)) for part in squares.split(ENCODED_AT_ONCE)]
     mean, std = (torch.cat(part) for part in zip(*parts, strict=True))
+    prompts, empty = encode_prompts(text, [pair.caption for pair in pairs]), empty_prompt(text)
+    told = time_ids(images, study.training.resolution).to(device)
+    sizes = (None, None) if prompts.pooled is None else (told[0::2], told[1::2])
     return PreferenceCache(
         win_mean=mean[0::2],
         win_std=std[0::2],
         lose_mean=mean[1::2],
         lose_std=std[1::2],
-        embeds=sd15.encode_prompts(text, [pair.caption for pair in pairs]),
-        uncond=sd15.encode_prompts(text, [""]),
+        embeds=prompts.embeds,
+        uncond=empty.embeds,
         caption_index=torch.arange(len(pairs), device=device),
         key="held out",
+        pooled=prompts.pooled,
+        uncond_pooled=empty.pooled,
+        win_time_ids=sizes[0],
+        lose_time_ids=sizes[1],
     )
 
 
@@ -230,8 +240,8 @@ def _inversion_error(
 ) -> tuple[Files, dict[str, Any]]:
     """The base model's inversions of winners, with the study's scores of what comes back."""
     held = held_out(study, [], settings.latents, device)
-    schedule, vae = sd15.load_schedule(study.base), sd15.load_vae(study.base, device)
-    base = counter.eps_model(sd15.load_unet(study.base, device).requires_grad_(False))
+    schedule, vae = load_schedule(study.base), load_vae(study.base, device, study.vae, variant=study.variant)
+    base = counter.eps_model(load_unet(study.base, device, variant=study.variant).requires_grad_(False))
     scorers = build_scorers(study.scorers, device)
 
     def scored(latents: Tensor) -> dict[str, np.ndarray]:
@@ -283,7 +293,7 @@ def _precision(
 ) -> tuple[Files, dict[str, Any]]:
     """Surrogate and true log-ratios of held-out latents under the last checkpoint of every arm and seed."""
     held = held_out(study, settings.arms, settings.pairs, device)
-    schedule, recipes = sd15.load_schedule(study.base), precision_settings(settings)
+    schedule, recipes = load_schedule(study.base), precision_settings(settings)
     chunk = study.training.chunk or LATENTS_A_CALL
     folders = {
         (arm, seed): checkpoints_of(study, study.arm(arm), seed)[-1].folder
@@ -291,14 +301,14 @@ def _precision(
         for seed in study.seeds
     }
 
-    def load(folder: str) -> Callable[..., Tensor]:
-        return counter.eps_model(sd15.load_unet(folder, device).requires_grad_(False))
+    def load(folder: str, variant: str | None = None) -> Callable[..., Tensor]:
+        return counter.eps_model(load_unet(folder, device, base=study.base, variant=variant).requires_grad_(False))
 
     def log_prob(eps_model: Callable[..., Tensor]) -> Tensor:
         steps, probes = settings.truth_steps, settings.probes
         return true_log_prob(eps_model, held.pairs, schedule, steps, settings.truth, probes=probes, chunk=chunk)
 
-    reference = load(study.base)
+    reference = load(study.base, study.variant)
     before, frames = log_prob(reference), []
     for (arm, seed), folder in tqdm(folders.items(), unit="policy", desc="precision"):
         policy = load(folder)
@@ -317,7 +327,7 @@ def _audit(
     """The recipes' gradients at the base and at checkpoints, beside the gradient of PickScore through the sampler."""
     from invdpo.scorers.pickscore import PickScore
 
-    schedule, seed, config = sd15.load_schedule(study.base), study.seeds[0], study.scorers.pickscore
+    schedule, seed, config = load_schedule(study.base), study.seeds[0], study.scorers.pickscore
     assert config is not None  # the study is valid
     scorer = PickScore(config.model, device, processor=config.processor)
     reward = pickscore(scorer)
@@ -325,10 +335,10 @@ def _audit(
     weighted = any(recipe.loss.weight_by_strength for recipe in recipes)
     count = settings.pairs * settings.batches
     held = held_out(study, settings.policies, count, device, scorer if weighted else None)
-    policies = {"initial": sd15.load_unet(study.base, device)}
+    policies = {"initial": load_unet(study.base, device, variant=study.variant)}
     for arm in settings.policies:
         for checkpoint in checkpoints_of(study, study.arm(arm), seed):
-            policies[f"{arm}/step{checkpoint.step}"] = sd15.load_unet(checkpoint.folder, device)
+            policies[f"{arm}/step{checkpoint.step}"] = load_unet(checkpoint.folder, device, base=study.base)
     halves = _drawing(study, settings.images, device).parts(settings.images // 2)
     rewards, reliability = {}, []
     for name, policy in tqdm(policies.items(), unit="policy", desc="audit: reward"):
@@ -367,16 +377,16 @@ def _audit(
 def _drawing(study: StudyConfig, count: int, device: torch.device) -> Drawing:
     """How the study's evaluation draws its first `count` prompts."""
     prompts = read_prompts(study.prompts, count)
-    text, vae = sd15.load_text(study.base, device), sd15.load_vae(study.base, device).requires_grad_(False)
-    uncond = sd15.encode_prompts(text, [""]).expand(len(prompts), -1, -1)
+    text = load_text(study.base, device, study.variant)
+    vae = load_vae(study.base, device, study.vae, variant=study.variant).requires_grad_(False)
     side = study.training.resolution // 2 ** (len(vae.config["block_out_channels"]) - 1)
     shape = (int(vae.config["latent_channels"]), side, side)
     seeds = [prompt_generator(study.sampling.seed, prompt_id) for prompt_id in range(len(prompts))]
     return Drawing(
         prompts=prompts,
-        cond=Conditioning(sd15.encode_prompts(text, prompts), uncond=Conditioning(uncond)),
+        cond=for_sampling(encode_prompts(text, prompts), empty_prompt(text), study.training.resolution),
         noise=torch.stack([torch.randn(shape, generator=seed) for seed in seeds]).to(device),
-        schedule=sd15.load_schedule(study.base),
+        schedule=load_schedule(study.base),
         steps=study.sampling.steps,
         guidance_scale=study.sampling.guidance_scale,
         decode=decoder(vae),

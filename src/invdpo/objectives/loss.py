@@ -17,7 +17,7 @@ from invdpo.objectives.likelihood import LogRatios, log_ratios
 from invdpo.objectives.points import Points, as_list, comparison_guidance, make_points
 from invdpo.objectives.recipe import Recipe
 from invdpo.schedule import NoiseSchedule, widen
-from invdpo.types import Conditioning, EpsModel, select
+from invdpo.types import Conditioning, EpsModel, concatenate, select
 
 
 @dataclass(frozen=True)
@@ -73,10 +73,13 @@ def prepare(
     generator: torch.Generator | Sequence[torch.Generator],
     chunk: int | None,
     strength: Tensor | None,
+    cond_lose: Conditioning | None,
     inverter: Inverter = invert,
 ) -> Batch:
     """Every draw and every network call that needs no gradient."""
-    compared, reference, x0, cond, schedule = _checked(recipe, reference, x0_win, x0_lose, cond, schedule, strength)
+    compared, reference, x0, cond, schedule = _checked(
+        recipe, reference, x0_win, x0_lose, cond, schedule, strength, cond_lose
+    )
     generators = as_list(generator, compared.pairs)
     points = make_points(recipe, policy, reference, x0, cond, schedule, generators, chunk, inverter)
     guidance = comparison_guidance(recipe)
@@ -97,9 +100,12 @@ def prepare_likelihood(
     generator: torch.Generator | Sequence[torch.Generator],
     chunk: int | None,
     strength: Tensor | None,
+    cond_lose: Conditioning | None,
 ) -> tuple[Compared, LogRatios]:
     """The same for log_ratio.form `likelihood`, whose networks are compared by whole trajectories and at no point."""
-    compared, reference, x0, cond, schedule = _checked(recipe, reference, x0_win, x0_lose, cond, schedule, strength)
+    compared, reference, x0, cond, schedule = _checked(
+        recipe, reference, x0_win, x0_lose, cond, schedule, strength, cond_lose
+    )
     generators = as_list(generator, compared.pairs)
     return compared, log_ratios(recipe, policy, reference, x0, cond, schedule, generators, chunk)
 
@@ -112,6 +118,7 @@ def _checked(
     cond: Conditioning | None,
     schedule: NoiseSchedule,
     strength: Tensor | None,
+    cond_lose: Conditioning | None,
 ) -> tuple[Compared, EpsModel, Tensor, Conditioning | None, NoiseSchedule]:
     """The pairs, the reference as it is told timesteps, x0 and cond of R rows, and the schedule of the recipe."""
     pairs = len(x0_win)
@@ -131,7 +138,8 @@ def _checked(
         schedule = schedule.with_offset(recipe.trajectory.steps_offset)
     if recipe.trajectory.guidance_scale == 1 and cond is not None:
         cond = cond.without_uncond()
-    cond = select(cond, torch.arange(len(x0)) % pairs)
+    if recipe.loss.kind != "winner_only":
+        cond = concatenate(cond, cond if cond_lose is None else cond_lose)
     return Compared(recipe, pairs, len(x0), strength), reference, x0, cond, schedule
 
 
@@ -231,11 +239,13 @@ def preference_loss(
     schedule: NoiseSchedule,
     generator: torch.Generator | Sequence[torch.Generator],
     strength: Tensor | None = None,
+    cond_lose: Conditioning | None = None,
 ) -> LossOutput:
     """The recipe's loss on B pairs of clean latents (B,C,H,W), differentiable in whatever the policy depends on.
 
     cond has B rows (a pair shares its prompt). generator: one, or one a pair. strength: (B,) in [-1, 1], 2p - 1 for a
     probability p that the winner is the better one, 1 for a plain winner; used where loss.weight_by_strength says so.
+    cond_lose: what the losers are conditioned on where that is not `cond` (SDXL is told the size of every image).
     Keeps the graph of every point alive; `backward` gives the same gradient in constant memory. `unet_evals` counts the
     passes made here only: forward ones, and for log_ratio.form `likelihood` the vector-Jacobian products of its values.
     The networks must accept x0's dtype; their predictions may come in another.
@@ -250,7 +260,7 @@ def preference_loss(
     that are not one a pair, guidance without `cond.uncond`, a non-finite inversion, or a step of it that has no
     log-determinant where the recipe needs that.
     """
-    arguments = (recipe, policy, reference, x0_win, x0_lose, cond, schedule, generator, None, strength)
+    arguments = (recipe, policy, reference, x0_win, x0_lose, cond, schedule, generator, None, strength, cond_lose)
     if recipe.log_ratio.form == "likelihood":
         compared, ratios = prepare_likelihood(*arguments)
         values, evals = ratios.with_graph()

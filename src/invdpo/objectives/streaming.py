@@ -43,6 +43,7 @@ def backward(
     loss_scale: float = 1.0,
     chunk: int | None = 256,
     inverter: Inverter = invert,
+    cond_lose: Conditioning | None = None,
 ) -> LossOutput:
     """Accumulate the gradient of loss_scale times `preference_loss` into `.grad`, equal to it up to float rounding.
 
@@ -53,7 +54,7 @@ def backward(
     `TrajectoryCache` of it.
     Raises InvdpoError as `preference_loss` does, and for a chunk below 1.
     """
-    arguments = (recipe, policy, reference, x0_win, x0_lose, cond, schedule, generator, chunk, strength)
+    arguments = (recipe, policy, reference, x0_win, x0_lose, cond, schedule, generator, chunk, strength, cond_lose)
     if recipe.log_ratio.form == "likelihood":
         compared, ratios = prepare_likelihood(*arguments)
         measured = ratios.values[None]

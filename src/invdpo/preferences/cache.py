@@ -18,6 +18,7 @@ from torch import Tensor
 from invdpo.errors import InvdpoError
 from invdpo.files import replace_when_done, write_json
 from invdpo.preferences.reader import Counts, Pair, check_columns, find_files, read_pairs
+from invdpo.types import Conditioning
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -35,7 +36,8 @@ class PreferenceCache:
     win_mean, win_std, lose_mean, lose_std: (n,C,h,w), the posterior of each image, so that training can draw
     from it. embeds: (m,L,D), one row a caption. uncond: (1,L,D), the empty prompt. caption_index: (n,) int64
     into embeds. key: sha256 of what was encoded and by what. scores: (n,2) PickScores of winner and loser by the votes,
-    raw cosines, where they were asked for; the key then covers the scorer too.
+    raw cosines, where they were asked for; the key then covers the scorer too. SDXL family only: pooled (m,P),
+    uncond_pooled (1,P), and win_time_ids, lose_time_ids (n,6), the images' own sizes as `Conditioning.time_ids`.
     """
 
     win_mean: Tensor
@@ -47,12 +49,43 @@ class PreferenceCache:
     caption_index: Tensor
     key: str
     scores: Tensor | None = None
+    pooled: Tensor | None = None
+    uncond_pooled: Tensor | None = None
+    win_time_ids: Tensor | None = None
+    lose_time_ids: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.caption_index)
 
+    @property
+    def captions(self) -> Conditioning:
+        """The prompts, m rows, without sizes."""
+        return Conditioning(self.embeds, self.pooled)
+
+    @property
+    def empty(self) -> Conditioning:
+        """The empty prompt, 1 row, without sizes."""
+        return Conditioning(self.uncond, self.uncond_pooled)
+
 
 TENSORS = ("win_mean", "win_std", "lose_mean", "lose_std", "embeds", "uncond", "caption_index")
+SDXL_TENSORS = ("pooled", "uncond_pooled", "win_time_ids", "lose_time_ids")
+
+
+def placement(width: int, height: int, resolution: int) -> tuple[int, int, int, int]:
+    """How an image becomes a square: width and height after resizing, left and top of the crop."""
+    scale = resolution / min(width, height)
+    width, height = max(resolution, round(width * scale)), max(resolution, round(height * scale))
+    return width, height, (width - resolution) // 2, (height - resolution) // 2
+
+
+def time_ids(images: Sequence[Image.Image], resolution: int) -> Tensor:
+    """(n,6) what SDXL is told of images that `square` takes: (h, w) as they come, (top, left) of the crop, (h, w)."""
+    rows = []
+    for image in images:
+        _, _, left, top = placement(*image.size, resolution)
+        rows.append([image.height, image.width, top, left, resolution, resolution])
+    return torch.tensor(rows, dtype=torch.float32)
 
 
 def square(image: Image.Image, resolution: int) -> Tensor:
@@ -65,10 +98,8 @@ def square(image: Image.Image, resolution: int) -> Tensor:
 
     width, height = image.size
     if (width, height) != (resolution, resolution):
-        scale = resolution / min(width, height)
-        width, height = max(resolution, round(width * scale)), max(resolution, round(height * scale))
+        width, height, left, top = placement(width, height, resolution)
         image = image.resize((width, height), Image.Resampling.BILINEAR)
-        left, top = (width - resolution) // 2, (height - resolution) // 2
         image = image.crop((left, top, left + resolution, top + resolution))
     pixels = torch.from_numpy(np.asarray(image, dtype=np.float32).copy())
     return pixels.permute(2, 0, 1) / 127.5 - 1
@@ -87,7 +118,9 @@ def prepare(study: StudyConfig, device: torch.device) -> dict[str, Any]:
     from safetensors.torch import save_file
     from tqdm import tqdm
 
-    from invdpo.backbones import sd15
+    from invdpo.backbones.files import fingerprint
+    from invdpo.backbones.pipeline import encode_images, load_vae
+    from invdpo.backbones.text import empty_prompt, encode_prompts, load_text
     from invdpo.provenance import sha256_file, stamp
 
     started = time.time()
@@ -97,7 +130,7 @@ def prepare(study: StudyConfig, device: torch.device) -> dict[str, Any]:
     resolution = study.training.resolution
     content = {
         "files": [sha256_file(file) for file in files],
-        "encoders": sd15.fingerprint(study.base, ("vae", "text_encoder", "tokenizer")),
+        "encoders": fingerprint(study.base, study.vae, study.variant),
         "resolution": resolution,
         "max_undecodable": study.training.max_undecodable,
     }
@@ -111,12 +144,13 @@ def prepare(study: StudyConfig, device: torch.device) -> dict[str, Any]:
     if (done := _existing(folder, key, scorer is not None)) is not None:
         return done
 
-    vae = sd15.load_vae(study.base, device)
+    vae = load_vae(study.base, device, study.vae, variant=study.variant)
     factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
     if resolution % factor:
         raise InvdpoError(f"`training.resolution: {resolution}` is not a multiple of {factor}, the VAE's scale.")
     counts = Counts()
     latents: list[tuple[Tensor, Tensor]] = []
+    sizes: list[Tensor] = []
     records: list[dict[str, Any]] = []
     scores: list[Tensor] = []
     waiting: list[Pair] = []
@@ -124,8 +158,9 @@ def prepare(study: StudyConfig, device: torch.device) -> dict[str, Any]:
     def encode() -> None:
         images = [image for pair in waiting for image in (pair.winner_image, pair.loser_image)]
         squares = torch.stack([square(image, resolution) for image in images])
-        mean, std = sd15.encode_images(vae, squares.to(device))
+        mean, std = encode_images(vae, squares.to(device))
         latents.append((mean.cpu(), std.cpu()))
+        sizes.append(time_ids(images, resolution))
         if scorer is not None:
             scores.append(pick_scores(scorer, waiting))
         waiting.clear()
@@ -145,16 +180,22 @@ def prepare(study: StudyConfig, device: torch.device) -> dict[str, Any]:
     mean, std = (torch.cat([part[i] for part in latents]) for i in (0, 1))
     captions = list(dict.fromkeys(record["caption"] for record in records))
     index = {caption: i for i, caption in enumerate(captions)}
-    text = sd15.load_text(study.base, device)
+    text = load_text(study.base, device, study.variant)
+    prompts, empty = encode_prompts(text, captions), empty_prompt(text)
+    prompts, empty = (found.map(lambda value: value.cpu().contiguous()) for found in (prompts, empty))
     tensors = {
         "win_mean": mean[0::2].contiguous(),
         "win_std": std[0::2].contiguous(),
         "lose_mean": mean[1::2].contiguous(),
         "lose_std": std[1::2].contiguous(),
-        "embeds": sd15.encode_prompts(text, captions).cpu().contiguous(),
-        "uncond": sd15.encode_prompts(text, [""]).cpu().contiguous(),
+        "embeds": prompts.embeds,
+        "uncond": empty.embeds,
         "caption_index": torch.tensor([index[record["caption"]] for record in records]),
     }
+    if prompts.pooled is not None and empty.pooled is not None:
+        tensors |= {"pooled": prompts.pooled, "uncond_pooled": empty.pooled}
+        told = torch.cat(sizes)
+        tensors |= {"win_time_ids": told[0::2].contiguous(), "lose_time_ids": told[1::2].contiguous()}
     if scorer is not None:
         tensors["scores"] = torch.cat(scores)
         _check_span(tensors["scores"], study)
@@ -270,7 +311,7 @@ def load_cache(folder: Path, device: torch.device, scored: bool = False) -> Pref
     """
     with _opened(folder) as stored:
         key = _key(stored, folder, scored)
-        names = (*TENSORS, "scores") if scored else TENSORS
+        names = [*TENSORS, *(["scores"] if scored else []), *(set(SDXL_TENSORS) & set(stored.keys()))]
         return PreferenceCache(**{name: stored.get_tensor(name).to(device) for name in names}, key=key)
 
 

@@ -6,14 +6,18 @@ So a run that is stopped and resumed, or split into other micro-batches, sees ex
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from invdpo.preferences.cache import PreferenceCache
-from invdpo.types import Conditioning
+from invdpo.types import Conditioning, select, where
+
+# The sizes that the released scripts of Diffusion-DPO and Inversion-DPO (train_ddim.py:471) tell SDXL of every image.
+FIXED_SIZES = (1024.0, 1024.0, 0.0, 0.0, 1024.0, 1024.0)
 
 
 def generator(*key: int | str) -> torch.Generator:
@@ -38,11 +42,13 @@ def _permutation(seed: int, epoch: int, pairs: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Batch:
-    """B pairs. x0_win, x0_lose: (B,C,h,w). generators: one a pair, for timestep and noise."""
+    """B pairs. x0_win, x0_lose: (B,C,h,w). cond, cond_lose: of winners and losers, which differ in the sizes that SDXL
+    is told and in nothing else. generators: one a pair, for timestep and noise."""
 
     x0_win: Tensor
     x0_lose: Tensor
     cond: Conditioning
+    cond_lose: Conditioning
     generators: list[torch.Generator]
 
 
@@ -54,30 +60,40 @@ def draw(
     step: int,
     first: int,
     caption_dropout: float,
+    micro_conditioning: Literal["image", "fixed"] = "image",
 ) -> Batch:
     """The given pairs of a step, the first of them at position `first` of the step's batch.
 
     Latents are drawn from the VAE's posterior, winner and loser independently, as the official script's
-    `.sample()`.
+    `.sample()`. micro_conditioning: the sizes that SDXL is told, each image's own or `FIXED_SIZES`.
     """
     device = cache.win_mean.device
     index = torch.tensor(pairs, device=device)
-    swap = flipped[torch.tensor(pairs)].to(device)[:, None, None, None]
+    swapped = flipped[torch.tensor(pairs)].to(device)
+    swap = swapped[:, None, None, None]
     mean = torch.stack([cache.win_mean[index], cache.lose_mean[index]])
     std = torch.stack([cache.win_std[index], cache.lose_std[index]])
     shape = (2, *cache.win_mean.shape[1:])
     positions = range(first, first + len(pairs))
     noise = torch.stack([torch.randn(shape, generator=generator(seed, step, p, "latent")) for p in positions], dim=1)
     x0 = mean + std * noise.to(device)  # (2,B,C,h,w)
-    embeds = cache.embeds[cache.caption_index[index]]
-    uncond = cache.uncond.expand_as(embeds)
+    prompt = select(cache.captions, cache.caption_index[index])
+    empty = cache.empty.map(lambda value: value.expand(len(pairs), *value.shape[1:]))
     if caption_dropout > 0:
         drawn = [torch.rand((), generator=generator(seed, step, p, "dropout")) for p in positions]
         dropped = (torch.stack(drawn) < caption_dropout).to(device)
-        embeds = torch.where(dropped[:, None, None], uncond, embeds)
+        prompt = where(dropped, empty, prompt)
+    cond = cond_lose = replace(prompt, uncond=empty)
+    if cache.win_time_ids is not None and cache.lose_time_ids is not None:
+        sizes = torch.stack([cache.win_time_ids[index], cache.lose_time_ids[index]])
+        if micro_conditioning == "fixed":
+            sizes = torch.tensor(FIXED_SIZES, device=device).expand_as(sizes)
+        sizes = torch.where(swapped[:, None], sizes.flip(0), sizes)
+        cond, cond_lose = cond.with_time_ids(sizes[0]), cond.with_time_ids(sizes[1])
     return Batch(
         x0_win=torch.where(swap, x0[1], x0[0]),
         x0_lose=torch.where(swap, x0[0], x0[1]),
-        cond=Conditioning(embeds, uncond=Conditioning(uncond)),
+        cond=cond,
+        cond_lose=cond_lose,
         generators=[generator(seed, step, p, "noise") for p in positions],
     )

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from invdpo import objectives
-from invdpo.backbones.sd15 import UNetEps, load_schedule, load_unet
+from invdpo.backbones.pipeline import UNetEps, load_schedule, load_unet
 from invdpo.config import ArmConfig, StudyConfig
 from invdpo.device import resolve_dtype
 from invdpo.errors import InvdpoError
@@ -78,7 +78,7 @@ def train(study: StudyConfig, arm_name: str, seeds: list[int], device: torch.dev
         for run in runs:
             run.publish()
         return
-    base = load_unet(study.base, device, arm.training.gradient_checkpointing)
+    base = load_unet(study.base, device, arm.training.gradient_checkpointing, variant=study.variant)
     schedule = load_schedule(study.base)
     cache = load_cache(study.root / "preferences", device, scored)
     for run in runs:
@@ -375,7 +375,16 @@ class Stepper:
         outputs = []
         for first in range(0, training.batch, size):
             pairs = chosen[first : first + size]
-            batch = draw(self.cache, self.flipped, pairs, self.seed, number, first, training.caption_dropout)
+            batch = draw(
+                self.cache,
+                self.flipped,
+                pairs,
+                self.seed,
+                number,
+                first,
+                training.caption_dropout,
+                training.micro_conditioning,
+            )
             outputs.append(
                 objectives.backward(
                     self.arm.recipe,
@@ -390,6 +399,7 @@ class Stepper:
                     loss_scale=self.progress.loss_scale * size / training.batch,
                     chunk=training.chunk,
                     inverter=self.inverter,
+                    cond_lose=batch.cond_lose,
                 )
             )
         return outputs

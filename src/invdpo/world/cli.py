@@ -98,6 +98,19 @@ def card(out: Out = Path("assets/shapes")) -> None:
 
 
 @app.command()
+def sdxl_layout(
+    base: Annotated[Path, typer.Option(help="The base pipeline to convert.")] = Path("assets/shapes/base"),
+    out: Out = Path("results/world/shapes_xl"),
+    threads: Threads = 1,
+) -> None:
+    """Convert the base pipeline to SDXL's layout, making the same pictures (seconds)."""
+    from invdpo.world.sdxl_layout import convert
+
+    _threads(threads)
+    convert(base, out)
+
+
+@app.command()
 def build(out: Out = Path("assets/shapes"), threads: Threads = 2) -> None:
     """All steps in order: about three hours on two cores."""
     vae(out, threads)

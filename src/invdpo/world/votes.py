@@ -13,11 +13,12 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from invdpo.backbones.sd15 import UNetEps, encode_prompts, load_schedule, load_text, load_unet, load_vae
+from invdpo.backbones.pipeline import UNetEps, load_schedule, load_unet, load_vae
+from invdpo.backbones.text import empty_prompt, encode_prompts, for_sampling, load_text
 from invdpo.sampling import decode, prompt_generator, sample
-from invdpo.types import Conditioning
 from invdpo.world.annotators import vote
 from invdpo.world.oracle import score
+from invdpo.world.render import SIDE
 from invdpo.world.scenes import sample_captions
 
 SAMPLING_STEPS = 20
@@ -31,13 +32,12 @@ def sample_pictures(base: Path, captions: list[str], guidance_scale: float, seed
     device = torch.device("cpu")
     eps_model, schedule = UNetEps(load_unet(str(base), device).eval()), load_schedule(str(base))
     vae, text = load_vae(str(base), device), load_text(str(base), device)
-    empty = encode_prompts(text, [""])
+    empty = empty_prompt(text)
     pictures = []
     for start in tqdm(range(0, len(captions), BATCH), desc="sampling", mininterval=5.0, ncols=100):
         part = captions[start : start + BATCH]
         generators = [prompt_generator(seed, start + index) for index in range(len(part))]
-        uncond = Conditioning(empty.expand(len(part), -1, -1))
-        cond = Conditioning(encode_prompts(text, part), uncond=uncond)
+        cond = for_sampling(encode_prompts(text, part), empty, SIDE)
         latents = sample(eps_model, cond, schedule, SAMPLING_STEPS, guidance_scale, generators, (4, 8, 8))
         pictures.append(decode(vae, latents))
     return np.concatenate(pictures)

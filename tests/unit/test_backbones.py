@@ -1,0 +1,357 @@
+"""Both families of pipelines against diffusers' own, and what is refused before anything is spent."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import build_tiny_base, build_tiny_sdxl
+from safetensors.torch import load_file, save_file
+
+from invdpo.backbones.files import check_fits, fingerprint
+from invdpo.backbones.pipeline import UNetEps, encode_images, load_schedule, load_unet, load_vae
+from invdpo.backbones.text import empty_prompt, encode_prompts, for_sampling, load_text
+from invdpo.config import StudyConfig
+from invdpo.errors import InvdpoError
+from invdpo.evaluate import evaluate
+from invdpo.preferences.cache import load_cache, prepare, time_ids
+from invdpo.sampling import decode, prompt_generator, sample
+from invdpo.training.data import FIXED_SIZES, draw
+from invdpo.training.loop import train
+from invdpo.types import Conditioning
+
+CPU = torch.device("cpu")
+PROMPTS = ["a red circle", "a blue square left of a red circle", "a green triangle"]
+SHAPE = (4, 4, 4)
+MakeStudy = Callable[..., StudyConfig]
+
+
+def stock(base: Path, **parts: Any) -> Any:
+    from diffusers import StableDiffusionXLPipeline
+
+    found = StableDiffusionXLPipeline.from_pretrained(base, add_watermarker=False, **parts)
+    found.set_progress_bar_config(disable=True)
+    return found
+
+
+def sampling_conditioning(base: Path) -> Conditioning:
+    text = load_text(base, CPU)
+    return for_sampling(encode_prompts(text, PROMPTS), empty_prompt(text), 32)
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["zeroed", "encoded"])
+def either_sdxl(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
+    """SDXL pipelines whose empty prompt is zeros, and is encoded."""
+    return build_tiny_sdxl(tmp_path_factory.mktemp("either") / "pipeline", tiny_base, request.param)
+
+
+def test_sdxl_prompts_are_those_of_the_stock_pipeline(either_sdxl: Path) -> None:
+    pipeline, cond = stock(either_sdxl), sampling_conditioning(either_sdxl)
+    expected = pipeline.encode_prompt(PROMPTS, device="cpu", do_classifier_free_guidance=True)
+    assert cond.uncond is not None
+    found = (cond.embeds, cond.uncond.embeds, cond.pooled, cond.uncond.pooled)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert bool(cond.uncond.embeds.any()) != pipeline.config.force_zeros_for_empty_prompt
+    told = pipeline._get_add_time_ids((32, 32), (0, 0), (32, 32), torch.float32, 12)
+    assert cond.time_ids is not None and torch.equal(cond.time_ids, told.expand(3, -1))
+    assert cond.uncond.time_ids is cond.time_ids
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
+def test_sdxl_images_are_those_of_the_stock_pipeline(either_sdxl: Path, guidance_scale: float) -> None:
+    noise = torch.stack([torch.randn(SHAPE, generator=prompt_generator(7, i)) for i in range(3)])
+    options: dict[str, Any] = {"num_inference_steps": 7, "guidance_scale": guidance_scale, "eta": 0.0}
+    options |= {"prompt": PROMPTS, "latents": noise, "height": 32, "width": 32}
+    pipeline = stock(either_sdxl)
+    expected = pipeline(**options, output_type="latent").images
+    pictures = pipeline(**options, output_type="np").images
+    eps_model = UNetEps(load_unet(either_sdxl, CPU))
+    generators = [prompt_generator(7, i) for i in range(3)]
+    cond = sampling_conditioning(either_sdxl)
+    found = sample(eps_model, cond, load_schedule(either_sdxl), 7, guidance_scale, generators, SHAPE)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert (found - noise).abs().max() > 0.1
+    decoded = decode(load_vae(either_sdxl, CPU), found)
+    assert np.abs(decoded.astype(int) - np.round(pictures * 255).astype(int)).max() <= 1
+
+
+def test_each_part_of_sdxl_conditioning_counts(tiny_sdxl: Path) -> None:
+    eps_model, cond = UNetEps(load_unet(tiny_sdxl, CPU)), sampling_conditioning(tiny_sdxl).without_uncond()
+    x, t = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(0)), torch.full((3,), 500)
+    assert cond.pooled is not None and cond.time_ids is not None
+    with torch.no_grad():
+        plain = eps_model(x, t, cond)
+        for other in (
+            replace(cond, embeds=cond.embeds.flip(0)),
+            replace(cond, pooled=cond.pooled.flip(0)),
+            replace(cond, time_ids=cond.time_ids + 8),
+        ):
+            assert (eps_model(x, t, other) - plain).abs().max() > 1e-5
+    with pytest.raises(InvdpoError, match="needs the pooled embedding and the sizes"):
+        eps_model(x, t, Conditioning(cond.embeds))
+
+
+@pytest.mark.parametrize("micro_conditioning", ["image", "fixed"])
+def test_sdxl_trains_and_its_weights_load_everywhere(
+    tiny_study: MakeStudy, tiny_sdxl: Path, micro_conditioning: str
+) -> None:
+    study = tiny_study(base=str(tiny_sdxl), seeds=[0], training={"micro_conditioning": micro_conditioning, "steps": 2})
+    prepare(study, CPU)
+    train(study, "dpo", [0], CPU)
+    out = study.root / "runs" / "dpo" / "seed0"
+    from diffusers import UNet2DConditionModel
+
+    loaded = UNet2DConditionModel.from_pretrained(out / "unet")
+    ours, base = load_unet(out, CPU, base=tiny_sdxl).state_dict(), load_unet(tiny_sdxl, CPU).state_dict()
+    assert all(torch.equal(ours[name], value) for name, value in loaded.state_dict().items())
+    assert all((ours[name] - base[name]).any() for name in ours if name.startswith("add_embedding"))
+    pipeline = stock(tiny_sdxl, unet=loaded)
+    assert pipeline(PROMPTS[0], num_inference_steps=2, output_type="np").images.shape == (1, 32, 32, 3)
+    (scores,) = evaluate(study, "dpo", [0], CPU)
+    assert scores.is_file()
+
+
+def test_sdxl_is_told_the_size_and_crop_of_every_image(tiny_study: MakeStudy, tiny_sdxl: Path) -> None:
+    from PIL import Image
+
+    images = [Image.new("RGB", (50, 40)), Image.new("RGB", (40, 80)), Image.new("RGB", (32, 32))]
+    # 40x50 shrinks to 32x40 and loses 4 columns on the left; 80x40 to 64x32, and 16 rows on the top.
+    expected = [[40, 50, 0, 4, 32, 32], [80, 40, 16, 0, 32, 32], [32, 32, 0, 0, 32, 32]]
+    assert time_ids(images, 32).tolist() == expected
+
+    study = tiny_study(base=str(tiny_sdxl))
+    prepare(study, CPU)
+    cache = load_cache(study.root / "preferences", CPU)
+    assert cache.win_time_ids is not None and cache.lose_time_ids is not None
+    assert cache.win_time_ids[0].tolist() == [40, 40, 0, 0, 32, 32]
+    cache = replace(cache, lose_time_ids=cache.lose_time_ids + 3)
+    straight, swapped = torch.zeros(10, dtype=torch.bool), torch.ones(10, dtype=torch.bool)
+    batch, other = (draw(cache, flipped, [3, 1], 0, 1, 0, 0.0) for flipped in (straight, swapped))
+    for cond, sizes in [
+        (batch.cond, cache.win_time_ids),
+        (batch.cond_lose, cache.lose_time_ids),
+        (other.cond, cache.lose_time_ids),
+        (other.cond_lose, cache.win_time_ids),
+    ]:
+        assert cond.time_ids is not None and cond.uncond is not None and cond.uncond.time_ids is not None
+        assert torch.equal(cond.time_ids, sizes[[3, 1]]) and torch.equal(cond.uncond.time_ids, sizes[[3, 1]])
+    assert batch.cond.embeds is batch.cond_lose.embeds
+    fixed = draw(cache, straight, [3, 1], 0, 1, 0, 0.0, "fixed")
+    for cond in (fixed.cond, fixed.cond_lose):
+        assert cond.time_ids is not None and cond.time_ids.tolist() == [list(FIXED_SIZES)] * 2
+
+
+def test_dropped_captions_are_the_empty_prompt_in_every_part(tiny_study: MakeStudy, tiny_sdxl: Path) -> None:
+    study = tiny_study(base=str(tiny_sdxl))
+    prepare(study, CPU)
+    cache = load_cache(study.root / "preferences", CPU)
+    batch = draw(cache, torch.zeros(10, dtype=torch.bool), list(range(8)), 0, 1, 0, 0.5)
+    assert batch.cond.pooled is not None and cache.pooled is not None
+    dropped = ~batch.cond.embeds.flatten(1).any(dim=1)
+    assert torch.equal(dropped, ~batch.cond.pooled.any(dim=1)) and 0 < int(dropped.sum()) < 8
+    kept = torch.arange(8)[~dropped]
+    assert torch.equal(batch.cond.pooled[kept], cache.pooled[cache.caption_index[kept]])
+
+
+def test_a_codec_of_its_own_replaces_the_base_s(tmp_path: Path, tiny_study: MakeStudy, tiny_base: Path) -> None:
+    other = build_tiny_base(tmp_path / "other", seed=5) / "vae"
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    expected = encode_images(load_vae(tmp_path / "other", CPU), images)[0]
+    found = encode_images(load_vae(tiny_base, CPU, str(other)), images)[0]
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, encode_images(load_vae(tiny_base, CPU), images)[0])
+    study = tiny_study(vae=str(other))
+    assert study.arm("dpo").hash != tiny_study().arm("dpo").hash
+    assert prepare(study, CPU)["content"]["encoders"] == fingerprint(tiny_base, str(other))
+    assert fingerprint(tiny_base, str(other)) != fingerprint(tiny_base)
+
+
+def test_a_codec_runs_in_half_precision_only_where_that_is_safe(tmp_path: Path, tiny_base: Path) -> None:
+    assert load_vae(tiny_base, CPU, dtype=torch.float16).dtype == torch.float32
+    safe = shutil.copytree(tiny_base / "vae", tmp_path / "safe")
+    change(safe / "config.json", force_upcast=False)
+    assert load_vae(tiny_base, CPU, str(safe)).dtype == torch.float32
+    half = load_vae(tiny_base, CPU, str(safe), torch.bfloat16)
+    assert half.dtype == torch.float16
+    images = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    mean, std = encode_images(half, images)
+    assert mean.dtype == std.dtype == torch.float32
+    torch.testing.assert_close(mean, encode_images(load_vae(tiny_base, CPU), images)[0], rtol=0.01, atol=0.002)
+    pictures = [decode(vae, mean).astype(int) for vae in (half, load_vae(tiny_base, CPU))]
+    assert np.abs(pictures[0] - pictures[1]).max() <= 2
+
+
+def test_fp16_files_are_read_where_the_variant_says_so(tmp_path: Path, tiny_sdxl: Path) -> None:
+    folder = shutil.copytree(tiny_sdxl, tmp_path / "base")
+    for path in folder.rglob("*.safetensors"):
+        half = {name: value.half() if value.is_floating_point() else value for name, value in load_file(path).items()}
+        save_file(half, path.with_suffix(".fp16.safetensors"), metadata={"format": "pt"})
+        path.unlink()
+    unet = load_unet(folder, CPU, variant="fp16")
+    full = load_unet(tiny_sdxl, CPU).state_dict()
+    for name, value in unet.state_dict().items():
+        assert value.dtype == torch.float32 and torch.equal(value, full[name].half().float())
+    assert load_vae(folder, CPU, variant="fp16").dtype == torch.float32
+    embeds = [encode_prompts(load_text(base, CPU, v), PROMPTS) for base, v in ((folder, "fp16"), (tiny_sdxl, None))]
+    torch.testing.assert_close(embeds[0].embeds, embeds[1].embeds, rtol=0.01, atol=0.01)
+    assert fingerprint(folder, variant="fp16") != fingerprint(tiny_sdxl)
+    with pytest.raises(InvdpoError, match="`unet` of it cannot be loaded"):
+        load_unet(folder, CPU)
+
+
+def test_a_unet_of_the_other_family_is_refused(tiny_base: Path, tiny_sdxl: Path, tiny_study: MakeStudy) -> None:
+    with pytest.raises(InvdpoError, match=r"SD1.5 family and reads token embeddings of 16 numbers and no pool.*of 40"):
+        load_unet(tiny_base, CPU, base=tiny_sdxl)
+    with pytest.raises(InvdpoError, match=r"SDXL family and reads .* a pooled embedding of 12, but .* give .* of 16"):
+        load_unet(tiny_sdxl, CPU, base=tiny_base)
+    check_fits(tiny_sdxl, tiny_sdxl)
+    check_fits(tiny_base, tiny_base)
+
+
+def test_a_base_put_together_from_both_families_never_trains(
+    tmp_path: Path, tiny_base: Path, tiny_sdxl: Path, tiny_study: MakeStudy
+) -> None:
+    mixed = shutil.copytree(tiny_sdxl, tmp_path / "mixed")
+    shutil.rmtree(mixed / "unet")
+    shutil.copytree(tiny_base / "unet", mixed / "unet")
+    study = tiny_study(base=str(mixed))
+    prepare(study, CPU)
+    with pytest.raises(InvdpoError, match="The UNet of .*mixed.* is of the SD1.5 family"):
+        train(study, "dpo", [0], CPU)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_missing_and_unexpected_weights_are_named(tmp_path: Path, tiny_base: Path, part: str) -> None:
+    folder = shutil.copytree(tiny_base, tmp_path / "base")
+    (path,) = (folder / part).glob("*.safetensors")
+    tensors = load_file(path)
+    lost = next(iter(tensors))
+    save_file({"extra.weight": tensors.pop(lost)} | tensors, path, metadata={"format": "pt"})
+    load: dict[str, Callable[[], object]] = {
+        "unet": lambda: load_unet(folder, CPU),
+        "vae": lambda: load_vae(folder, CPU),
+        "text_encoder": lambda: load_text(folder, CPU),
+    }
+    with pytest.raises(InvdpoError, match="1 missing keys .* and 1 unexpected keys .*extra.weight") as raised:
+        load[part]()
+    assert lost.split(".")[-2] in str(raised.value)
+
+
+def test_files_of_older_libraries_are_complete(tmp_path: Path, tiny_sdxl: Path) -> None:
+    """Names as in the files on the hub: transformers before 5 and diffusers before 0.15 wrote SD1.5's and SDXL's."""
+    folder, noise = shutil.copytree(tiny_sdxl, tmp_path / "base"), torch.randn(1, 3, 32, 32)
+    for part in ("text_encoder", "text_encoder_2"):
+        path = folder / part / "model.safetensors"
+        old = {f"text_model.{key.removeprefix('text_model.')}": value for key, value in load_file(path).items()}
+        if "text_model.text_projection.weight" in old:
+            old["text_projection.weight"] = old.pop("text_model.text_projection.weight")
+        old["text_model.embeddings.position_ids"] = torch.arange(16)[None]
+        save_file(old, path, metadata={"format": "pt"})
+    path = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    names = {"to_q.": "query.", "to_k.": "key.", "to_v.": "value.", "to_out.0.": "proj_attn."}
+    tensors = load_file(path)
+    for new, old_name in names.items():
+        tensors = {key.replace(new, old_name): value for key, value in tensors.items()}
+    assert any("query" in key for key in tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+    found, expected = (encode_prompts(load_text(base, CPU), PROMPTS) for base in (folder, tiny_sdxl))
+    assert torch.equal(found.embeds, expected.embeds)
+    assert found.pooled is not None and expected.pooled is not None and torch.equal(found.pooled, expected.pooled)
+    means = [encode_images(load_vae(base, CPU), noise)[0] for base in (folder, tiny_sdxl)]
+    assert torch.equal(*means)
+
+
+def test_weights_as_pickles_are_refused(tmp_path: Path, tiny_base: Path) -> None:
+    folder = shutil.copytree(tiny_base, tmp_path / "base")
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(weights), weights.with_suffix(".bin"))
+    load_unet(folder, CPU)
+    weights.unlink()
+    with pytest.raises(InvdpoError, match="pickle only .*can run any code"):
+        load_unet(folder, CPU)
+
+
+def test_a_model_that_predicts_velocity_is_refused(tmp_path: Path, tiny_base: Path) -> None:
+    folder = shutil.copytree(tiny_base, tmp_path / "base")
+    change(folder / "scheduler" / "scheduler_config.json", prediction_type="v_prediction")
+    with pytest.raises(InvdpoError, match="prediction_type is 'v_prediction'"):
+        load_schedule(folder)
+
+
+def test_pipelines_of_other_kinds_are_refused(tmp_path: Path, tiny_sdxl: Path) -> None:
+    refiner = shutil.copytree(tiny_sdxl, tmp_path / "refiner")
+    change(refiner / "model_index.json", text_encoder=[None, None], tokenizer=[None, None])
+    with pytest.raises(InvdpoError, match="StableDiffusionXLPipeline with .*Needed is a pipeline of the Stable"):
+        load_text(refiner, CPU)
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Answers as the hub does for repositories that are gated, missing, or without the file."""
+
+    errors = {"gated": (403, "GatedRepo"), "missing": (404, "RepoNotFound"), "empty": (404, "EntryNotFound")}
+
+    def do_HEAD(self) -> None:
+        status, code = self.errors[self.path.split("/")[-4] if "/resolve/" in self.path else self.path.split("/")[4]]
+        self.send_response(status)
+        self.send_header("X-Error-Code", code)
+        self.send_header("X-Repo-Commit", "0" * 40)
+        self.end_headers()
+
+    do_GET = do_HEAD
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """A hub on this machine, and an empty cache."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_address[1]}"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+    monkeypatch.setattr(
+        "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
+        address + "/{repo_id}/resolve/{revision}/{filename}",
+    )
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    yield
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("repository", "said"),
+    [
+        ("some/gated", "only to those who accepted its terms.*hf auth login.*a local copy also does"),
+        ("some/missing", "no such repository on the hub.*a local copy also does"),
+        ("some/empty", "has no such `model_index.json`.*a local copy also does"),
+    ],
+)
+def test_what_the_hub_refuses_is_said_plainly(hub: None, repository: str, said: str) -> None:
+    with pytest.raises(InvdpoError, match=f"`base: {repository}`: .*{said}"):
+        load_text(repository, CPU)
+
+
+def test_an_unreachable_hub_is_told_from_a_missing_repository(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    with pytest.raises(InvdpoError, match="the hub cannot be reached, and `vae/config.json` was not fetched before"):
+        load_vae("some/base", CPU)
+    with pytest.raises(InvdpoError, match="`vae: some/codec`: there is no such folder here, the hub cannot be reached"):
+        load_vae("some/base", CPU, "some/codec")
+
+
+def change(path: Path, **values: Any) -> None:
+    """Replace values of a JSON file."""
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | values), encoding="utf-8")
