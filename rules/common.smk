@@ -259,6 +259,10 @@ CURVES = every_run("train.jsonl")
 IMAGES = every_evaluation("images")
 SCORES = every_evaluation("scores")
 
+# How pairs are chosen and cut where it is not as by default; how many processes decode them changes nothing.
+PREPARED_AS = study.data.model_dump(exclude_defaults=True, exclude={"workers"})
+if study.samples_pairs:
+    PREPARED_AS |= {"draws": study.draws}
 # What decides a stage's result beside its input files; an arm has a hash of its own.
 PREFERENCES_KEY = digest(
     study.base,
@@ -266,8 +270,7 @@ PREFERENCES_KEY = digest(
     study.device,
     study.training.resolution,
     study.training.max_undecodable,
-    *filter(None, [study.vae, study.variant]),
-    *([PAIR_SCORER] if PAIR_SCORER else []),
+    *filter(None, [study.vae, study.variant, PREPARED_AS, PAIR_SCORER]),
 )
 EVALUATION_KEY = digest(
     study.base,

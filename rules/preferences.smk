@@ -9,6 +9,8 @@ rule preferences:
     output:
         pairs="<results>/preferences/pairs.parquet",
         cache="<results>/preferences/cache.safetensors",
+        latents=directory("<results>/preferences/latents"),
+        captions=directory("<results>/preferences/captions"),
         report="<results>/preferences/report.json",
     log:
         "<logs>/preferences.log",

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 import pytest
+from hub_stub import Hub, serving
 from PIL import Image
 
 if TYPE_CHECKING:
@@ -194,6 +195,47 @@ def tiny_pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("pairs") / "train.parquet"
     tiny_pairs_frame().to_parquet(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def many_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder like a clone of Pick-a-Pic v2: 60 training shards of 200 rows of small JPEGs, 23 of them ties, one of
+    another split.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder = tmp_path_factory.mktemp("clone") / "data"
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    jpegs = pa.array([random_jpeg(generator, size) for size in range(32, 64)])
+    table = pa.Table.from_pandas(tiny_pairs_frame(rows=200, ties=23), preserve_index=False)
+    for shard in range(60):
+        rows = table.take(pa.array(generator.permutation(200)))
+        captions = pa.array([f"{CAPTIONS[row % 4]} of shard {shard}" for row in range(200)])
+        rows = rows.set_column(rows.schema.get_field_index("caption"), "caption", captions)
+        for name in ("jpg_0", "jpg_1"):
+            images = jpegs.take(pa.array(generator.integers(0, len(jpegs), 200)))
+            rows = rows.set_column(rows.schema.get_field_index(name), name, images)
+        pq.write_table(rows, folder / f"train-{shard:05d}-of-00060-0123456789abcdef.parquet", row_group_size=50)
+    pq.write_table(table.slice(0, 5), folder / "validation-00000-of-00001-0123456789abcdef.parquet")
+    return folder.parent
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    """A hub on this machine, empty, that huggingface_hub takes for the real one, with a cache of the test's own."""
+    from huggingface_hub import HfFileSystem, constants
+
+    with serving(Hub({})) as served:
+        monkeypatch.setattr(constants, "ENDPOINT", served.url)
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.partition("/{")
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{served.url}/{{{template[2]}")
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        HfFileSystem.clear_instance_cache()
+        yield served
+    HfFileSystem.clear_instance_cache()
 
 
 @pytest.fixture(scope="session")

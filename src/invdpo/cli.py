@@ -127,7 +127,8 @@ def prepare(study: StudyOption, threads: ThreadsOption = None, log_file: LogOpti
     report = run(config, device)
     log.info(
         f"{report['pairs']} pairs of {report['rows']} rows ({report['ties']} ties left out, "
-        f"{report['undecodable']} undecodable skipped), {report['captions']} captions -> "
+        f"{report['undecodable']} undecodable skipped), {report['captions']} captions, "
+        f"{report['stored_bytes'] / 1e9:.3g} GB -> "
         f"{config.root / 'preferences'}"
     )
 
@@ -576,13 +577,17 @@ def check(study: StudyOption) -> None:
     config = _start(study)
     device = _device(config)
     from invdpo.backbones.pipeline import load_schedule
-    from invdpo.preferences.reader import check_columns, find_files
+    from invdpo.preferences.shards import check_columns, list_shards
     from invdpo.prompts import read_prompts
 
-    rows = check_columns(find_files(config.preferences))
+    shards = list_shards(config.preferences, config.data.revision)
+    local = [shard.path for shard in shards if shard.path is not None]
+    pairs = (
+        f"{check_columns(local)} rows" if local else f"{len(shards)} files ({sum(s.size for s in shards) / 1e9:.3g} GB)"
+    )
     load_schedule(config.base)
     prompts = len(read_prompts(config.prompts))
-    typer.echo(f"{config.study}: base {config.base}, {rows} rows of preferences, {prompts} prompts, device {device}")
+    typer.echo(f"{config.study}: base {config.base}, {pairs} of preferences, {prompts} prompts, device {device}")
     for name in config.arms:
         arm = config.arm(name)
         training = arm.training

@@ -92,6 +92,28 @@ class TrainingConfig(Strict):
         return sorted({step for step in self.checkpoints if step < self.steps} | {self.steps})
 
 
+class DataConfig(Strict):
+    """Which of the preference pairs are encoded, and how their images become squares."""
+
+    shards: PositiveInt | Literal["auto", "all"] | None = Field(
+        None,
+        description="all: every pair of every file; auto or a number: only pairs that a run draws, from as many files, "
+        "chosen at random, as hold enough of them, or from that many; null: all of local files, auto of a hub data set",
+    )
+    revision: str | None = Field(None, description="branch, tag or commit of a hub data set; null: its main branch")
+    seed: int = Field(0, ge=0, description="of the choice of files, and of random crops and flips")
+    workers: int = Field(0, ge=0, description="processes that decode images; 0: none but the one that encodes them")
+    crop: Literal["center", "random"] = "center"
+    flip: Literal["none", "shared", "independent"] = Field(
+        "none", description="left and right: never, both images of a pair or neither, each image by its own coin"
+    )
+    storage: Literal["float32", "float16", "bfloat16"] = Field(
+        "float32",
+        description="type of stored latents and embeddings; a pair's latents at 1024 pixels take 1 MB in float32, half "
+        "of that in the others",
+    )
+
+
 class SamplingConfig(Strict):
     """How images are drawn for scoring: deterministic DDIM, noise seeded per prompt."""
 
@@ -441,7 +463,9 @@ class StudyConfig(Strict):
     base: str = Field(description="diffusers pipeline folder of the SD1.5 or SDXL family, or hub id")
     vae: str | None = Field(None, description="folder or hub id of an image codec; null: the base's own")
     variant: str | None = Field(None, description="which of the base's weight files, as fp16; null: the plain ones")
-    preferences: str = Field(description="Pick-a-Pic v2 parquet file, folder of them, or hub dataset id")
+    preferences: str = Field(
+        description="Pick-a-Pic v2 parquet file, folder of them, or hub dataset id, with `:split` where it is not train"
+    )
     prompts: str = Field(description="txt, csv, tsv or jsonl file")
     scorers: ScorersConfig
     checksums: str | None = Field(None, description="sha256sum listing, paths relative to its folder")
@@ -449,6 +473,7 @@ class StudyConfig(Strict):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
     training: TrainingConfig
+    data: DataConfig = DataConfig.model_validate({})
     trajectory_cache_gb: PositiveFloat | None = Field(
         None, description="gigabytes for inversions by the reference, which arms share; null: none are kept"
     )
@@ -488,6 +513,27 @@ class StudyConfig(Strict):
         study = self.model_copy()
         study._root = root
         return study
+
+    @property
+    def samples_pairs(self) -> bool:
+        """Whether only those pairs are encoded that a run draws (`data.shards`)."""
+        shards = self.data.shards
+        return not Path(self.preferences).exists() if shards is None else shards != "all"
+
+    @property
+    def draws(self) -> dict[int, int]:
+        """Seed -> pairs that its longest run draws, over all optimizer steps; the grid's seeds have its arms' runs."""
+        runs = (
+            [(self.seeds, self.arms), (self.tuning.seeds, self.tuning.arms)]
+            if self.tuning
+            else [(self.seeds, self.arms)]
+        )
+        found: dict[int, int] = {}
+        for seeds, arms in runs:
+            training = [arm.training for arm in map(self.arm, arms) if arm.trains]
+            longest = max((settings.steps * settings.batch for settings in training), default=0)
+            found |= {seed: longest for seed in seeds}
+        return found
 
     def awaits_tuning(self, name: str) -> bool:
         """Whether an arm uses values that the study's own grid chooses and has not chosen yet."""
@@ -674,6 +720,13 @@ def _check_tuning(study: StudyConfig, tuning: TuningConfig, where: str) -> None:
 def _check_measured(study: StudyConfig, where: str) -> None:
     """What the experiments name must exist, and have what they look at."""
     experiments = study.experiments
+    unseen = [name for name in ("inversion_error", "precision", "audit") if name in experiments.measured]
+    if unseen and study.samples_pairs and experiments.held_out is None:
+        raise InvdpoError(
+            f"{where}: `experiments.{unseen[0]}` needs pairs that no run has seen, but only those that a run draws are "
+            "encoded (`data.shards`). Name others in `experiments.held_out`; behind a hub id may stand a split, as in "
+            "`owner/name:validation`."
+        )
     named = {"precision": experiments.precision, "audit": experiments.audit}
     for name, settings in named.items():
         arms: list[str] = [*(settings.arms if settings else []), *experiments.trained_arms(name)]

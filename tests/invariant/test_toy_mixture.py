@@ -19,7 +19,7 @@ from torch import Tensor
 
 from invdpo.objectives import LossOutput, backward, load_recipe, preference_loss
 from invdpo.preferences.labels import flips
-from invdpo.training.data import generator
+from invdpo.preferences.order import generator
 from invdpo.types import Conditioning
 
 SCHEDULE = clean_schedule()

@@ -31,10 +31,10 @@ from invdpo.experiments.audit import (
 )
 from invdpo.experiments.precision import Pairs
 from invdpo.objectives import load_recipe, preference_loss
+from invdpo.preferences.order import generator
 from invdpo.sampling import decode, prompt_generator, sample
 from invdpo.schedule import NoiseSchedule
 from invdpo.scorers.pickscore import PickScore
-from invdpo.training.data import generator
 from invdpo.types import Conditioning
 
 PICKSCORE = Path(__file__).parents[2] / "assets" / "shapes" / "scorers" / "pickscore"

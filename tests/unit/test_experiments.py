@@ -30,8 +30,8 @@ from invdpo.inversion.trajectory import SOLVERS
 from invdpo.likelihood import log_prob_estimate
 from invdpo.preferences.cache import pick_scores
 from invdpo.preferences.labels import strengths
+from invdpo.preferences.order import pair_order
 from invdpo.preferences.reader import Counts, read_pairs
-from invdpo.training.data import pair_order
 
 CPU = torch.device("cpu")
 MakeStudy = Callable[..., StudyConfig]

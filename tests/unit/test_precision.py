@@ -11,8 +11,8 @@ from scipy.stats import spearmanr
 from invdpo.errors import InvdpoError
 from invdpo.experiments.precision import Pairs, agreement, log_ratios, surrogate, true_log_prob
 from invdpo.objectives import load_recipe, preference_loss
+from invdpo.preferences.order import generator
 from invdpo.schedule import NoiseSchedule
-from invdpo.training.data import generator
 from invdpo.types import Conditioning
 
 ABAR = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)

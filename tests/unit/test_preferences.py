@@ -19,9 +19,11 @@ from safetensors.torch import load_file, save_file
 
 from invdpo.config import StudyConfig
 from invdpo.errors import InvdpoError
-from invdpo.preferences.cache import cache_key, load_cache, prepare, square
+from invdpo.preferences.cache import cache_key, load_cache, prepare
 from invdpo.preferences.labels import flips, strengths
-from invdpo.preferences.reader import Counts, check_columns, find_files, read_pairs
+from invdpo.preferences.preprocess import cut
+from invdpo.preferences.reader import Counts, read_pairs
+from invdpo.preferences.shards import check_columns, find_files
 
 CPU = torch.device("cpu")
 FOLDER = Path("results/tiny/preferences")
@@ -65,31 +67,11 @@ def test_missing_columns_are_named(tmp_path: Path, missing: list[str]) -> None:
     assert f"lacks the column{'s' if len(missing) > 1 else ''} {', '.join(missing)}." in str(caught.value)
 
 
-def test_a_file_that_is_not_parquet_is_named(tmp_path: Path) -> None:
-    (tmp_path / "pairs.parquet").write_text("no parquet")
-    with pytest.raises(InvdpoError, match="pairs.parquet cannot be read as parquet"):
-        check_columns([tmp_path / "pairs.parquet"])
-
-
-def test_a_folder_is_read_in_sorted_order(tmp_path: Path) -> None:
-    for name in ("b", "a"):
-        saved(tiny_pairs_frame(), tmp_path / f"{name}.parquet")
-    assert [path.name for path in find_files(str(tmp_path))] == ["a.parquet", "b.parquet"]
-
-
-def test_missing_source_and_empty_folder_are_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_missing_source_and_empty_folder_are_errors(tmp_path: Path) -> None:
     with pytest.raises(InvdpoError, match="folder without a parquet file"):
         find_files(str(tmp_path))
-    with pytest.raises(InvdpoError, match="no file or folder here, nor a reachable hub dataset"):
+    with pytest.raises(InvdpoError, match="no file or folder here, nor a hub data set's id"):
         find_files(str(tmp_path / "absent.parquet"))
-
-
-def test_a_hub_dataset_gives_its_train_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("train-0", "train-1", "test-0"):
-        saved(tiny_pairs_frame(), tmp_path / f"{name}.parquet")
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path))
-    assert [path.name for path in find_files("someone/pairs")] == ["train-0.parquet", "train-1.parquet"]
 
 
 def broken(rows: int, bad: list[int]) -> pd.DataFrame:
@@ -127,31 +109,24 @@ def test_no_usable_pair_is_an_error(tmp_path: Path, tiny_study: MakeStudy) -> No
         prepare(tiny_study(preferences=str(path)), CPU)
 
 
-def test_square_keeps_the_centre_and_maps_to_minus_one_and_one() -> None:
-    image = Image.new("RGB", (90, 40), "black")
-    image.paste((255, 255, 255), (25, 0, 65, 40))
-    assert torch.equal(square(image, 40), torch.ones(3, 40, 40))
-    assert square(image, 16).shape == (3, 16, 16)
-    assert square(Image.new("RGB", (40, 40), "black"), 40).max() == -1
-
-
 def test_cache_holds_what_the_pipeline_computes(tiny_cache: Path, tiny_base: Path, tiny_pairs: Path) -> None:
     from diffusers import StableDiffusionPipeline
 
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_base)
     cache = load_cache(tiny_cache, CPU)
     row = pd.read_parquet(tiny_pairs).iloc[2]  # image 1 won
-    image = square(Image.open(io.BytesIO(row.jpg_1)).convert("RGB"), 32)
+    image = cut(Image.open(io.BytesIO(row.jpg_1)).convert("RGB"), 32).tensor()
     with torch.no_grad():
         posterior = pipeline.vae.encode(image[None]).latent_dist
         embeds, uncond = pipeline.encode_prompt(row.caption, CPU, 1, True)
     scale = pipeline.vae.config["scaling_factor"]
-    torch.testing.assert_close(cache.win_mean[2], posterior.mean[0] * scale, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(cache.win_std[2], posterior.std[0] * scale, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(cache.embeds[cache.caption_index[2]], embeds[0], rtol=1e-4, atol=1e-5)
+    third = cache.rows([2])
+    torch.testing.assert_close(cache.win_mean[third], posterior.mean * scale, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(cache.win_std[third], posterior.std * scale, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(cache.prompts(third).embeds, embeds, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(cache.uncond[0], uncond[0], rtol=1e-4, atol=1e-5)
     assert len(cache) == 10 and len(cache.embeds) == 4
-    assert not torch.allclose(cache.embeds[0], cache.embeds[1])
+    assert not torch.allclose(*cache.embeds[torch.tensor([0, 1])])
 
 
 def test_preparing_again_changes_nothing_and_new_content_is_noticed(tmp_path: Path, tiny_study: MakeStudy) -> None:
@@ -169,9 +144,11 @@ def test_preparing_again_changes_nothing_and_new_content_is_noticed(tmp_path: Pa
 
 def test_two_preparations_are_byte_identical(tmp_path: Path, tiny_study: MakeStudy, tiny_cache: Path) -> None:
     prepare(tiny_study(), CPU)
-    for name in ("cache.safetensors", "pairs.parquet"):
-        assert (Path("results/tiny/preferences") / name).read_bytes() == (tiny_cache / name).read_bytes()
-    assert set(load_file(tiny_cache / "cache.safetensors")) >= {"win_mean", "lose_std", "embeds", "uncond"}
+    names = ("cache.safetensors", "latents/00000.safetensors", "captions/00000.safetensors", "pairs.parquet")
+    for name in names:
+        assert (FOLDER / name).read_bytes() == (tiny_cache / name).read_bytes()
+    written = sorted(str(path.relative_to(FOLDER)) for path in FOLDER.rglob("*.*") if path.is_file())
+    assert written == sorted([*names, ".lock", "report.json"])
 
 
 def test_resolution_must_suit_the_vae(tiny_study: MakeStudy) -> None:

@@ -27,8 +27,9 @@ from invdpo.config import StudyConfig, dump_study
 from invdpo.errors import InvdpoError
 from invdpo.preferences.cache import cache_key, load_cache
 from invdpo.preferences.labels import flips, strengths
+from invdpo.preferences.order import pair_order
 from invdpo.training import loop
-from invdpo.training.data import draw, pair_order
+from invdpo.training.data import draw
 from invdpo.training.optim import warmed_up
 
 CPU = torch.device("cpu")
@@ -176,7 +177,7 @@ def test_a_preference_that_is_there_is_learnt(study_with_cache: MakeStudy) -> No
     study = study_with_cache(
         training={"steps": 30, "batch": 10, "learning_rate": 3.0e-4, "beta": 50.0, "checkpoints": []}
     )
-    path = study.root / "preferences" / "cache.safetensors"
+    path = study.root / "preferences" / "latents" / "00000.safetensors"
     tensors = load_file(path)
     for key, value in {"win_mean": 1.0, "lose_mean": -1.0, "win_std": 0.0, "lose_std": 0.0}.items():
         tensors[key] = torch.full_like(tensors[key], value)

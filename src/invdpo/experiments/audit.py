@@ -30,9 +30,9 @@ from invdpo.errors import InvdpoError
 from invdpo.evidence.statistics import LEVEL, mean_interval
 from invdpo.experiments.precision import Pairs
 from invdpo.objectives import Recipe, backward
+from invdpo.preferences.order import generator
 from invdpo.sampling import denoise, unet_evaluations
 from invdpo.schedule import NoiseSchedule
-from invdpo.training.data import generator
 from invdpo.training.loop import FP16_LOSS_SCALE, frozen_reference, initial_policy
 from invdpo.types import Conditioning, EpsModel, select
 

@@ -21,8 +21,8 @@ from invdpo.evidence.statistics import DRAWS, LEVEL, SEED
 from invdpo.inversion import Label
 from invdpo.likelihood import Divergence, log_prob
 from invdpo.objectives import Recipe, preference_loss
+from invdpo.preferences.order import generator
 from invdpo.schedule import NoiseSchedule
-from invdpo.training.data import generator
 from invdpo.types import Conditioning, EpsModel, concatenate, select
 
 SETTING = ["policy", "recipe", "steps", "draws"]

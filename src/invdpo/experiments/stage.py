@@ -38,16 +38,19 @@ from invdpo.experiments.preference_accuracy import (
 )
 from invdpo.files import replace_when_done, write_json
 from invdpo.objectives import Recipe, load_recipe
-from invdpo.preferences.cache import ENCODED_AT_ONCE, PreferenceCache, load_cache, pick_scores, square, time_ids
+from invdpo.preferences.cache import PreferenceCache, images_at_once, load_cache, pick_scores
 from invdpo.preferences.labels import strengths
-from invdpo.preferences.reader import Counts, Pair, check_columns, find_files, read_pairs, read_votes
+from invdpo.preferences.order import pair_order
+from invdpo.preferences.preprocess import Cutting
+from invdpo.preferences.reader import Counts, Pair, read_pairs, read_votes
+from invdpo.preferences.shards import check_columns, find_files
 from invdpo.prompts import read_prompts
 from invdpo.provenance import stamp
 from invdpo.sampling import decode, prompt_generator
 from invdpo.scorers import build_scorers
 from invdpo.scorers.composition import TASKS
 from invdpo.scorers.pictures import Pictures
-from invdpo.training.data import draw, pair_order
+from invdpo.training.data import draw
 from invdpo.types import Conditioning, select
 
 if TYPE_CHECKING:
@@ -212,12 +215,14 @@ def _encoded(study: StudyConfig, pairs: list[Pair], device: torch.device) -> Pre
     """Pairs encoded as `prepare` encodes them."""
     vae = load_vae(study.base, device, study.vae, variant=study.variant)
     text = load_text(study.base, device, study.variant)
-    images = [image for pair in pairs for image in (pair.winner_image, pair.loser_image)]
-    squares = torch.stack([square(image, study.training.resolution) for image in images])
-    parts = [encode_images(vae, part.to(device)) for part in squares.split(ENCODED_AT_ONCE)]
+    cutting = Cutting.of(study)
+    squares = [cutting.pair(pair.row, pair.winner_image, pair.loser_image) for pair in pairs]
+    squares = [square for both in squares for square in both]
+    pixels = torch.stack([square.tensor() for square in squares])
+    parts = [encode_images(vae, part.to(device)) for part in pixels.split(images_at_once(cutting.resolution))]
     mean, std = (torch.cat(part) for part in zip(*parts, strict=True))
     prompts, empty = encode_prompts(text, [pair.caption for pair in pairs]), empty_prompt(text)
-    told = time_ids(images, study.training.resolution).to(device)
+    told = torch.tensor([square.time_ids() for square in squares], dtype=torch.float32, device=device)
     sizes = (None, None) if prompts.pooled is None else (told[0::2], told[1::2])
     return PreferenceCache(
         win_mean=mean[0::2],

@@ -1,66 +1,142 @@
-"""Pairs encoded once: what the VAE and the text encoder give never changes during training."""
+"""Pairs encoded once: what the VAE and the text encoders give never changes during training.
+
+root/preferences/ holds cache.safetensors (what is small: which caption a pair has, the empty prompt, sizes, scores),
+latents/ and captions/ (numbered safetensors files of at most PART_BYTES, mapped and not read at training time),
+pairs.parquet (a row a pair: its row, caption and images' digests) and report.json. Latents of n pairs take
+4 n C h w numbers: 1 MB a pair at 1024 pixels in float32, half of that in `data.storage: float16`; captions of SDXL
+0.63 MB each in float32, those of SD1.5 0.24 MB.
+
+What is encoded but not finished lies in unfinished/, under a hash of everything that decides it: a killed `prepare`
+goes on behind its last whole part, with the same batches, so that the result has the same bits. Latents are not taken
+over from an earlier plan, which would have other batches, and so other bits by its history.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import logging
+import shutil
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
 from invdpo.errors import InvdpoError
-from invdpo.files import replace_when_done, write_json
-from invdpo.preferences.reader import Counts, Pair, check_columns, find_files, read_pairs
+from invdpo.files import mirror, remove, replace_when_done, write_json
+from invdpo.preferences.decode import DecodedPair, decoded, in_order
+from invdpo.preferences.plan import Plan, make_plan
+from invdpo.preferences.preprocess import Cutting
+from invdpo.preferences.reader import Counts, EncodedPair, Pair, read_encoded
+from invdpo.preferences.shards import Shard, fetch
 from invdpo.types import Conditioning
 
 if TYPE_CHECKING:
-    from PIL import Image
-
+    from invdpo.backbones.text import Text
     from invdpo.config import StudyConfig
     from invdpo.scorers.pickscore import PickScore
 
-ENCODED_AT_ONCE = 64  # images a VAE call: enough to keep two cores busy, 0.4 GiB of activations at 64 pixels
+log = logging.getLogger("invdpo")
+
+PART_BYTES = 512 * 2**20  # of a file of latents or captions, which is in memory whole while it is made
+CAPTIONS_AT_ONCE = 256
+# The modules that decide what is stored; a part that others made is not gone on with.
+MODULES = ("preferences", "backbones", "device", "scorers/pickscore", "scorers/pictures", "scorers/weights")
+
+
+def images_at_once(resolution: int) -> int:
+    """Images a VAE call, winners and losers: 64 of 64 pixels, enough to keep two cores busy with 0.4 GiB of
+    activations; at 512 pixels and above the two of one pair.
+    """
+    return min(64, max(2, 2**18 // resolution**2 // 2 * 2))
+
+
+class Rows:
+    """A tensor (n,…) whose rows lie one after the other in several mapped files; only rows asked for are read."""
+
+    def __init__(self, parts: Sequence[Tensor], device: torch.device) -> None:
+        self._parts, self._device = parts, device
+        self._ends = torch.tensor([len(part) for part in parts]).cumsum(0)
+        self.shape = (int(self._ends[-1]), *parts[0].shape[1:])
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: Tensor | Sequence[int]) -> Tensor:
+        """Rows `index` (B,) int64 as (B,…) float32 on the device."""
+        index = torch.as_tensor(index).cpu()
+        found = torch.empty(len(index), *self.shape[1:])
+        parts = torch.searchsorted(self._ends, index, right=True)
+        for number in parts.unique().tolist():
+            here = parts == number
+            start = int(self._ends[number]) - len(self._parts[number])
+            found[here] = self._parts[number][index[here] - start].float()
+        return found.to(self._device)
 
 
 @dataclass(frozen=True)
 class PreferenceCache:
-    """Encoded pairs. n pairs, m captions, latents in the UNet's scale.
+    """Encoded pairs. n pairs, m captions, latents in the UNet's scale; rows of all but the small ones may be stored.
 
     win_mean, win_std, lose_mean, lose_std: (n,C,h,w), the posterior of each image, so that training can draw
     from it. embeds: (m,L,D), one row a caption. uncond: (1,L,D), the empty prompt. caption_index: (n,) int64
-    into embeds. key: sha256 of what was encoded and by what. scores: (n,2) PickScores of winner and loser by the votes,
-    raw cosines, where they were asked for; the key then covers the scorer too. SDXL family only: pooled (m,P),
-    uncond_pooled (1,P), and win_time_ids, lose_time_ids (n,6), the images' own sizes as `Conditioning.time_ids`.
+    into embeds. key: sha256 of what was encoded and by what. scores: PickScores of winner and loser by the votes,
+    raw cosines, (n,2) or, of a sample, (order,2), where they were asked for; the key then covers the scorer too. SDXL
+    family only: pooled (m,P), uncond_pooled (1,P), and win_time_ids, lose_time_ids (n,6), the images' own sizes as
+    `Conditioning.time_ids`.
+
+    positions, order: of a sample (`plan.Plan`), which of the `order` pairs that the runs' orders go over are stored.
     """
 
-    win_mean: Tensor
-    win_std: Tensor
-    lose_mean: Tensor
-    lose_std: Tensor
-    embeds: Tensor
+    win_mean: Tensor | Rows
+    win_std: Tensor | Rows
+    lose_mean: Tensor | Rows
+    lose_std: Tensor | Rows
+    embeds: Tensor | Rows
     uncond: Tensor
     caption_index: Tensor
     key: str
     scores: Tensor | None = None
-    pooled: Tensor | None = None
+    pooled: Tensor | Rows | None = None
     uncond_pooled: Tensor | None = None
     win_time_ids: Tensor | None = None
     lose_time_ids: Tensor | None = None
+    positions: Tensor | None = None
+    order: int | None = None
 
     def __len__(self) -> int:
-        return len(self.caption_index)
+        """How many pairs the runs' orders go over."""
+        return len(self.caption_index) if self.order is None else self.order
 
     @property
-    def captions(self) -> Conditioning:
-        """The prompts, m rows, without sizes."""
-        return Conditioning(self.embeds, self.pooled)
+    def device(self) -> torch.device:
+        """Where rows come to."""
+        return self.uncond.device
+
+    def rows(self, pairs: Sequence[int]) -> Tensor:
+        """Where those of the `len(self)` pairs are stored: (B,) int64 on the CPU.
+
+        In a sample, a pair that is not there gives its place to the next one that is: it was planned, and then an image
+        of it could not be decoded.
+        """
+        wanted = torch.tensor(pairs, dtype=torch.int64)
+        if self.positions is None:
+            return wanted
+        return torch.searchsorted(self.positions, wanted) % len(self.positions)
+
+    def prompts(self, rows: Tensor) -> Conditioning:
+        """The captions of stored pairs, B rows, without sizes."""
+        index = self.caption_index[rows]
+        return Conditioning(self.embeds[index], None if self.pooled is None else self.pooled[index])
 
     @property
     def empty(self) -> Conditioning:
@@ -68,72 +144,35 @@ class PreferenceCache:
         return Conditioning(self.uncond, self.uncond_pooled)
 
 
-TENSORS = ("win_mean", "win_std", "lose_mean", "lose_std", "embeds", "uncond", "caption_index")
-SDXL_TENSORS = ("pooled", "uncond_pooled", "win_time_ids", "lose_time_ids")
-
-
-def placement(width: int, height: int, resolution: int) -> tuple[int, int, int, int]:
-    """How an image becomes a square: width and height after resizing, left and top of the crop."""
-    scale = resolution / min(width, height)
-    width, height = max(resolution, round(width * scale)), max(resolution, round(height * scale))
-    return width, height, (width - resolution) // 2, (height - resolution) // 2
-
-
-def time_ids(images: Sequence[Image.Image], resolution: int) -> Tensor:
-    """(n,6) what SDXL is told of images that `square` takes: (h, w) as they come, (top, left) of the crop, (h, w)."""
-    rows = []
-    for image in images:
-        _, _, left, top = placement(*image.size, resolution)
-        rows.append([image.height, image.width, top, left, resolution, resolution])
-    return torch.tensor(rows, dtype=torch.float32)
-
-
-def square(image: Image.Image, resolution: int) -> Tensor:
-    """An RGB image resized (shorter side, bilinear) and centre-cropped to (3, resolution, resolution) in [-1,
-    1].
-
-    As Diffusion-DPO's train.py does it, its random flip left out: a flipped image can contradict its caption.
-    """
-    from PIL import Image
-
-    width, height = image.size
-    if (width, height) != (resolution, resolution):
-        width, height, left, top = placement(width, height, resolution)
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
-        image = image.crop((left, top, left + resolution, top + resolution))
-    pixels = torch.from_numpy(np.asarray(image, dtype=np.float32).copy())
-    return pixels.permute(2, 0, 1) / 127.5 - 1
+LATENTS = ("win_mean", "win_std", "lose_mean", "lose_std")
+CAPTIONS = ("embeds", "pooled")
+SMALL = ("uncond", "caption_index", "uncond_pooled", "win_time_ids", "lose_time_ids", "positions")
 
 
 def prepare(study: StudyConfig, device: torch.device) -> dict[str, Any]:
-    """Encode a study's pairs into root/preferences/{pairs.parquet, cache.safetensors, report.json}; returns
-    the report.
+    """Encode a study's pairs (`plan.make_plan`) into root/preferences/; returns its report.
 
     Where a recipe of the study weights pairs by their strength, both images of every pair are also scored, as they come
     and not as they are trained on, by the study's PickScore. Does nothing when the cache there already holds exactly
-    this content. Raises InvdpoError when columns are missing, too many images cannot be decoded, no pair is left, or
+    this content; goes on behind the last whole part of a run that was stopped; waits for another that is at it. Raises
+    InvdpoError when columns are missing, too many images cannot be decoded, no pair is left, the disk is too small, or
     scores are needed and `scorers.pickscore` is missing or tells no image from another.
     """
-    import pandas as pd
-    from safetensors.torch import save_file
-    from tqdm import tqdm
-
     from invdpo.backbones.files import fingerprint
-    from invdpo.backbones.pipeline import encode_images, load_vae
-    from invdpo.backbones.text import empty_prompt, encode_prompts, load_text
-    from invdpo.provenance import sha256_file, stamp
+    from invdpo.provenance import code_hash, lock_hash
 
     started = time.time()
     folder = study.root / "preferences"
-    files = find_files(study.preferences)
-    rows = check_columns(files)
-    resolution = study.training.resolution
+    plan = make_plan(study)
     content = {
-        "files": [sha256_file(file) for file in files],
+        "files": [shard.identity() for shard in plan.shards],
         "encoders": fingerprint(study.base, study.vae, study.variant),
-        "resolution": resolution,
+        "resolution": study.training.resolution,
         "max_undecodable": study.training.max_undecodable,
     }
+    # Only what is not as it always was: a key must not change because a setting was added.
+    settings = study.data.model_dump(exclude_defaults=True, exclude={"shards", "revision", "workers"})
+    content |= {key: value for key, value in {"data": settings, "rows": plan.digest}.items() if value}
     # Two keys, so that runs without scores outlive another scorer, and an arm that is the first to need one.
     keys = {"key": _digest(content)}
     scorer = _scorer(study, device)
@@ -141,84 +180,281 @@ def prepare(study: StudyConfig, device: torch.device) -> dict[str, Any]:
         content["pickscore"] = scorer.version
         keys["scored_key"] = _digest(content)
     key = keys["key" if scorer is None else "scored_key"]
-    if (done := _existing(folder, key, scorer is not None)) is not None:
-        return done
+    with _alone(folder):
+        if (done := _existing(folder, key, scorer is not None)) is not None:
+            return done
+        work = folder / "unfinished" / _digest({"key": key, "code": code_hash(MODULES), "lock": lock_hash()})[:16]
+        for other in work.parent.glob("*"):
+            if other != work:
+                remove(other)
+        counts = _encode_pairs(study, plan, work, device, scorer)
+        index = _encode_captions(study, work, device)
+        return _publish(study, plan, work, counts, index, keys, content, device, started)
+
+
+def _encode_pairs(study: StudyConfig, plan: Plan, work: Path, device: torch.device, scorer: PickScore | None) -> Counts:
+    """The plan's latents as work/latents/*.safetensors, and which pairs they are as work/pairs/*.parquet."""
+    from tqdm import tqdm
+
+    from invdpo.backbones.pipeline import encode_images, load_vae
 
     vae = load_vae(study.base, device, study.vae, variant=study.variant)
+    resolution, storage = study.training.resolution, getattr(torch, study.data.storage)
     factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
     if resolution % factor:
         raise InvdpoError(f"`training.resolution: {resolution}` is not a multiple of {factor}, the VAE's scale.")
-    counts = Counts()
-    latents: list[tuple[Tensor, Tensor]] = []
-    sizes: list[Tensor] = []
+    at_once = images_at_once(resolution) // 2
+    each = len(LATENTS) * int(vae.config["latent_channels"]) * (resolution // factor) ** 2 * storage.itemsize
+    part = max(1, PART_BYTES // each // at_once) * at_once  # whole batches, so that any part can be the first of a run
+    counts, number, start = _finished(work, Counts(rows=sum(plan.sizes), ties=plan.ties))
+    _check_disk(work, (plan.pairs - counts.kept) * each)
+    log.info(
+        f"prepare: {plan.pairs:,} pairs of {len(plan.shards)} of {plan.of} files ({plan.bytes / 1e9:.3g} GB); latents: "
+        f"{plan.pairs * each / 1e9:.3g} GB in {study.data.storage}"
+        + (f"; going on behind {counts.kept:,} pairs that were encoded before" if number else "")
+    )
+    seen = start
+    waiting: list[DecodedPair] = []
+    made: list[dict[str, Tensor]] = []
     records: list[dict[str, Any]] = []
-    scores: list[Tensor] = []
-    waiting: list[Pair] = []
 
     def encode() -> None:
-        images = [image for pair in waiting for image in (pair.winner_image, pair.loser_image)]
-        squares = torch.stack([square(image, resolution) for image in images])
-        mean, std = encode_images(vae, squares.to(device))
-        latents.append((mean.cpu(), std.cpu()))
-        sizes.append(time_ids(images, resolution))
+        squares = [square for pair in waiting for square in pair.squares or ()]
+        mean, std = (
+            _stored(found, storage, f"the VAE of `{study.base}`")
+            for found in encode_images(vae, torch.stack([square.tensor() for square in squares]).to(device))
+        )
+        told = torch.tensor([square.time_ids() for square in squares], dtype=torch.float32)
+        both = {"mean": mean, "std": std, "time_ids": told}
+        tensors = {
+            f"{who}_{name}": value[i::2] for name, value in both.items() for i, who in enumerate(("win", "lose"))
+        }
         if scorer is not None:
-            scores.append(pick_scores(scorer, waiting))
+            tensors["scores"] = pick_scores(scorer, [pair.pair for pair in waiting if pair.pair is not None])
+        made.append(tensors)
         waiting.clear()
 
-    with tqdm(total=rows, desc="prepare: pairs", unit="pair", mininterval=0.5) as bar:
-        for pair in read_pairs(files, counts):
+    def save() -> None:
+        nonlocal number
+        _judge(counts, plan, study)  # early, where there are many parts
+        with replace_when_done(work / "pairs" / f"{number:05d}.parquet") as temporary:
+            pd.DataFrame(records).to_parquet(temporary, index=False)
+        state = {"next": seen, "undecodable": counts.undecodable_rows}
+        tensors = {name: torch.cat([each[name] for each in made]) for name in made[0]}
+        # Written last: a part is finished where its latents are.
+        _save(tensors, work / "latents" / f"{number:05d}.safetensors", {"state": json.dumps(state)})
+        number += 1
+        made.clear()
+        records.clear()
+
+    pairs = decoded(_stored_pairs(plan, start), Cutting.of(study), scorer is not None, study.data.workers)
+    with tqdm(total=plan.pairs, initial=counts.kept, desc="prepare: pairs", unit="pair", mininterval=0.5) as bar:
+        for pair in pairs:
+            bar.update()
+            seen = pair.row + 1
+            if pair.squares is None:
+                counts.spoilt(pair.row)
+                continue
+            counts.kept += 1
             waiting.append(pair)
             records.append(_record(pair))
-            if 2 * len(waiting) >= ENCODED_AT_ONCE:
+            if len(waiting) == at_once:
                 encode()
-            bar.update(counts.rows - bar.n)
+            if len(records) == part:
+                save()
         if waiting:
             encode()
-        bar.update(counts.rows - bar.n)
-    _judge(counts, study)
+        _judge(counts, plan, study)
+        if records:
+            save()
+    return counts
 
-    mean, std = (torch.cat([part[i] for part in latents]) for i in (0, 1))
-    captions = list(dict.fromkeys(record["caption"] for record in records))
-    index = {caption: i for i, caption in enumerate(captions)}
+
+def _stored_pairs(plan: Plan, start: int) -> Iterator[EncodedPair]:
+    """The plan's pairs from row `start` on, while the next of its files is fetched."""
+    wanted: list[tuple[Shard, np.ndarray, int]] = []
+    first = 0
+    for shard, rows, size in zip(plan.shards, plan.rows, plan.sizes, strict=True):
+        left = rows[rows >= start - first]
+        if len(left):
+            wanted.append((shard, left, first))
+        first += size
+    with ThreadPoolExecutor(1) as pool:
+        files = in_order(pool, fetch, [shard for shard, _, _ in wanted], ahead=1)
+        for file, (_, rows, number) in zip(files, wanted, strict=True):
+            yield from read_encoded(file, rows, number)
+
+
+def _finished(work: Path, counts: Counts) -> tuple[Counts, int, int]:
+    """What whole parts hold: their counts, how many they are, and the row behind them."""
+    parts, start = _parts(work / "latents"), 0
+    for part in parts:
+        with _mapped(part) as stored:
+            state = json.loads(stored.metadata()["state"])
+            counts.kept += stored.get_slice("win_mean").get_shape()[0]
+        start = state["next"]
+        counts.undecodable_rows = state["undecodable"]
+    counts.undecodable = len(counts.undecodable_rows)
+    return counts, len(parts), start
+
+
+def _encode_captions(study: StudyConfig, work: Path, device: torch.device) -> dict[str, Tensor]:
+    """The pairs' captions, each once, as work/captions/*.safetensors; returns what is small (SMALL, and scores)."""
+    from invdpo.backbones.text import empty_prompt, load_text
+
+    storage = getattr(torch, study.data.storage)
+    named = pd.concat([pd.read_parquet(part, columns=["caption"]) for part in sorted((work / "pairs").iterdir())])
+    codes, captions = pd.factorize(named["caption"], sort=False)
     text = load_text(study.base, device, study.variant)
-    prompts, empty = encode_prompts(text, captions), empty_prompt(text)
-    prompts, empty = (found.map(lambda value: value.cpu().contiguous()) for found in (prompts, empty))
-    tensors = {
-        "win_mean": mean[0::2].contiguous(),
-        "win_std": std[0::2].contiguous(),
-        "lose_mean": mean[1::2].contiguous(),
-        "lose_std": std[1::2].contiguous(),
-        "embeds": prompts.embeds,
-        "uncond": empty.embeds,
-        "caption_index": torch.tensor([index[record["caption"]] for record in records]),
-    }
-    if prompts.pooled is not None and empty.pooled is not None:
-        tensors |= {"pooled": prompts.pooled, "uncond_pooled": empty.pooled}
-        told = torch.cat(sizes)
-        tensors |= {"win_time_ids": told[0::2].contiguous(), "lose_time_ids": told[1::2].contiguous()}
-    if scorer is not None:
-        tensors["scores"] = torch.cat(scores)
-        _check_span(tensors["scores"], study)
-    with replace_when_done(folder / "cache.safetensors") as temporary:
-        save_file(tensors, temporary, metadata=keys)
+    empty = empty_prompt(text).map(
+        lambda value: _stored(value, storage, f"the text encoders of `{study.base}`").float()
+    )
+    _write_captions(text, [str(caption) for caption in captions], work / "captions", storage)
+    small = {"uncond": empty.embeds, "caption_index": torch.from_numpy(codes.astype(np.int64))}
+    names = ["scores"]
+    if empty.pooled is not None:
+        small["uncond_pooled"] = empty.pooled
+        names += ["win_time_ids", "lose_time_ids"]
+    found: dict[str, list[Tensor]] = {}
+    for part in _parts(work / "latents"):
+        with _mapped(part) as stored:
+            for name in set(names) & set(stored.keys()):
+                found.setdefault(name, []).append(stored.get_tensor(name))
+    small |= {name: torch.cat(parts) for name, parts in found.items()}
+    if "scores" in small:
+        _check_span(small["scores"], study)
+    return small
+
+
+def _write_captions(text: Text, captions: list[str], folder: Path, storage: torch.dtype) -> None:
+    """Those captions that no part holds yet."""
+    from tqdm import tqdm
+
+    from invdpo.backbones.text import encode_prompts
+
+    parts = _parts(folder)
+    done, number = sum(map(_length, parts)), len(parts)
+    made: list[Conditioning] = []
+    with tqdm(total=len(captions), initial=done, desc="prepare: captions", unit="caption", mininterval=0.5) as bar:
+        while done < len(captions):
+            batch = captions[done : done + CAPTIONS_AT_ONCE]
+            made.append(
+                encode_prompts(text, batch).map(lambda value: _stored(value, storage, "a text encoder of the base"))
+            )
+            done += len(batch)
+            bar.update(len(batch))
+            if done == len(captions) or (len(made) + 1) * _bytes(made[0]) > PART_BYTES:
+                tensors = {"embeds": torch.cat([part.embeds for part in made])}
+                if made[0].pooled is not None:
+                    tensors["pooled"] = torch.cat([part.pooled for part in made if part.pooled is not None])
+                _save(tensors, folder / f"{number:05d}.safetensors", {})
+                number += 1
+                made.clear()
+
+
+def _bytes(cond: Conditioning) -> int:
+    return cond.embeds.nbytes + (0 if cond.pooled is None else cond.pooled.nbytes)
+
+
+def _publish(
+    study: StudyConfig,
+    plan: Plan,
+    work: Path,
+    counts: Counts,
+    small: dict[str, Tensor],
+    keys: dict[str, str],
+    content: dict[str, Any],
+    device: torch.device,
+    started: float,
+) -> dict[str, Any]:
+    """Bring what is finished to its place; the report comes last, so whatever it names is whole."""
+    from invdpo.provenance import stamp
+
+    folder, key = study.root / "preferences", keys.get("scored_key", keys["key"])
+    pairs = pd.concat([pd.read_parquet(part) for part in sorted((work / "pairs").iterdir())], ignore_index=True)
+    if plan.positions is not None:
+        firsts = np.cumsum([0, *plan.sizes[:-1]])
+        planned = np.concatenate([first + rows for first, rows in zip(firsts, plan.rows, strict=True)])
+        small["positions"] = torch.from_numpy(plan.positions[np.isin(planned, pairs["row"])])
+        small["order"] = torch.tensor(plan.order)  # no metadata, which safetensors writes in any order
+    remove(folder / "report.json")
+    for name in ("latents", "captions"):
+        mirror(work / name, folder / name)
+    _save(small, folder / "cache.safetensors", keys)
     with replace_when_done(folder / "pairs.parquet") as temporary:
-        pd.DataFrame(records).to_parquet(temporary, index=False)
+        pairs.to_parquet(temporary, index=False)
     report = {
         **stamp(study, config_hash=key[:16], device=device, dtype="fp32", started=started),
         "key": key,
         "content": content,
-        "sources": [str(file) for file in files],
+        "sources": [shard.name for shard in plan.shards],
+        "source_files": plan.of,
+        "source_bytes": plan.bytes,
         "rows": counts.rows,
         "ties": counts.ties,
         "undecodable": counts.undecodable,
         "undecodable_rows": counts.undecodable_rows,
         "pairs": counts.kept,
-        "captions": len(captions),
+        "order": counts.kept if plan.order is None else plan.order,
+        "captions": int(small["caption_index"].max()) + 1,
+        "stored_bytes": sum(part.stat().st_size for name in ("latents", "captions") for part in _parts(folder / name)),
     }
-    if scorer is not None:  # for Pick-a-Pic, SmPO's code has 0.1154 and 0.2820
-        report["pickscore_range"] = [float(tensors["scores"].min()), float(tensors["scores"].max())]
+    if "scores" in small:  # for Pick-a-Pic, SmPO's code has 0.1154 and 0.2820
+        report["pickscore_range"] = [float(small["scores"].min()), float(small["scores"].max())]
     write_json(folder / "report.json", report)
+    remove(work.parent)
     return report
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock, which the system takes back from a process that dies."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info(f"another process is preparing {folder}; waiting for it")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _check_disk(folder: Path, needed: int) -> None:
+    existing = next(parent for parent in folder.parents if parent.is_dir())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise InvdpoError(
+            f"The latents need {needed / 1e9:.3g} GB more in {folder.parent}, and {free / 1e9:.3g} GB are free. Make "
+            "room, set `data.storage: float16`, which takes half of float32, or take fewer pairs (`data.shards`)."
+        )
+
+
+def _stored(value: Tensor, storage: torch.dtype, source: str) -> Tensor:
+    """On the CPU in the type of storage; InvdpoError where a number is none there."""
+    found = value.cpu().contiguous().to(storage)
+    if not torch.isfinite(found).all():
+        raise InvdpoError(
+            f"What {source} gives is not finite in {str(storage).removeprefix('torch.')}. Set `vae:` to a codec that "
+            "is safe in half precision, or `data.storage: float32`."
+        )
+    return found
+
+
+def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    from safetensors.torch import save_file
+
+    with replace_when_done(path) as temporary:
+        save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, temporary, metadata=metadata)
+
+
+def _parts(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
+
+
+def _length(part: Path) -> int:
+    """Rows of a part, by its header."""
+    with _mapped(part) as stored:
+        return stored.get_slice("embeds").get_shape()[0]
 
 
 def pick_scores(scorer: PickScore, pairs: Sequence[Pair]) -> Tensor:
@@ -260,39 +496,38 @@ def _check_span(scores: Tensor, study: StudyConfig) -> None:
 
 def _existing(folder: Path, key: str, scored: bool) -> dict[str, Any] | None:
     """The report of a finished preparation of the same content, or None."""
-    report, parts = folder / "report.json", ("pairs.parquet", "cache.safetensors")
-    if not report.is_file() or not all((folder / part).is_file() for part in parts):
+    report = folder / "report.json"
+    if not report.is_file() or not (folder / "pairs.parquet").is_file():
         return None
     written = json.loads(report.read_text(encoding="utf-8"))
-    # The report is written last, so whatever it names is whole.
-    return written if written["key"] == key and load_cache(folder, torch.device("cpu"), scored).key == key else None
+    # The report is written last, so whatever it names is whole, unless someone took a part of it away.
+    try:
+        return written if written["key"] == key == load_cache(folder, torch.device("cpu"), scored).key else None
+    except InvdpoError:
+        return None
 
 
-def _record(pair: Pair) -> dict[str, Any]:
+def _record(pair: DecodedPair) -> dict[str, Any]:
     return {
         "row": pair.row,
         "caption": pair.caption,
-        "winner_sha256": hashlib.sha256(pair.winner).hexdigest(),
-        "loser_sha256": hashlib.sha256(pair.loser).hexdigest(),
+        "winner_sha256": pair.sha256[0],
+        "loser_sha256": pair.sha256[1],
     }
 
 
-def _judge(counts: Counts, study: StudyConfig) -> None:
+def _judge(counts: Counts, plan: Plan, study: StudyConfig) -> None:
     """Stop when too much was unreadable or nothing is left."""
-    decided = counts.rows - counts.ties
     allowed = study.training.max_undecodable
-    if counts.undecodable > allowed * decided:
+    if counts.undecodable > allowed * plan.pairs:
         raise InvdpoError(
-            f"{counts.undecodable} of the {decided} decided pairs in `preferences: {study.preferences}` have "
+            f"{counts.undecodable} of the {plan.pairs} decided pairs in `preferences: {study.preferences}` have "
             f"an image that cannot be decoded, more than `training.max_undecodable: {allowed}` allows. "
             f"First such rows: {counts.undecodable_rows[:10]}. Mend the file, or raise the "
             "limit if the loss is acceptable."
         )
     if counts.kept == 0:
-        raise InvdpoError(
-            f"No usable pair is left in `preferences: {study.preferences}`: {counts.rows} rows, "
-            f"{counts.ties} of them ties (label_0 neither 0 nor 1)."
-        )
+        raise InvdpoError(f"No image of the {plan.pairs} pairs in `preferences: {study.preferences}` can be decoded.")
 
 
 def cache_key(folder: Path, scored: bool = False) -> str:
@@ -300,19 +535,46 @@ def cache_key(folder: Path, scored: bool = False) -> str:
 
     Raises InvdpoError where there is no cache, or no scores in it.
     """
-    with _opened(folder) as stored:
+    with _mapped(folder / "cache.safetensors") as stored:
         return _key(stored, folder, scored)
 
 
 def load_cache(folder: Path, device: torch.device, scored: bool = False) -> PreferenceCache:
-    """The cache that `prepare` wrote, on the device; `scored`: with its PickScores.
+    """The cache that `prepare` wrote, its rows coming to the device; `scored`: with its PickScores.
 
-    Raises InvdpoError where there is no cache, or no scores in it.
+    Latents and captions stay in their files, mapped. Raises InvdpoError where there is no cache, a part of it is
+    missing, or it has no scores.
     """
-    with _opened(folder) as stored:
+    with _mapped(folder / "cache.safetensors") as stored:
         key = _key(stored, folder, scored)
-        names = [*TENSORS, *(["scores"] if scored else []), *(set(SDXL_TENSORS) & set(stored.keys()))]
-        return PreferenceCache(**{name: stored.get_tensor(name).to(device) for name in names}, key=key)
+        names = {*SMALL, *(["scores"] if scored else [])} & set(stored.keys())
+        small = {name: stored.get_tensor(name) for name in names}
+        order = int(stored.get_tensor("order")) if "order" in stored.keys() else None
+    rows = _all_rows(folder / "latents", LATENTS, device) | _all_rows(folder / "captions", CAPTIONS, device)
+    needed = {"win_mean": len(small["caption_index"]), "embeds": int(small["caption_index"].max()) + 1}
+    for name, count in needed.items():
+        if name not in rows or len(rows[name]) != count:
+            raise InvdpoError(
+                f"{folder} lacks a part: {len(rows.get(name, ())):,} of {count:,} rows of `{name}` are there. Run "
+                "`invdpo prepare --study …` again."
+            )
+    for name in small.keys() - {"caption_index", "positions"}:
+        small[name] = small[name].to(device)
+    fields: dict[str, Any] = rows | small
+    cache = PreferenceCache(**fields, key=key, order=order)
+    if cache.scores is None or cache.order is None:
+        return cache
+    return replace(cache, scores=cache.scores[cache.rows(range(cache.order))])
+
+
+def _all_rows(folder: Path, names: Sequence[str], device: torch.device) -> dict[str, Rows]:
+    """Those of the named tensors that lie in the parts of a folder."""
+    found: dict[str, list[Tensor]] = {}
+    for part in _parts(folder):
+        with _mapped(part) as stored:
+            for name in set(names) & set(stored.keys()):
+                found.setdefault(name, []).append(stored.get_tensor(name))
+    return {name: Rows(parts, device) for name, parts in found.items()}
 
 
 def _key(stored: Any, folder: Path, scored: bool) -> str:
@@ -326,10 +588,10 @@ def _key(stored: Any, folder: Path, scored: bool) -> str:
 
 
 @contextmanager
-def _opened(folder: Path) -> Iterator[Any]:
+def _mapped(path: Path) -> Iterator[Any]:
+    """A safetensors file whose tensors, on the CPU, are views of the mapped file."""
     from safetensors import SafetensorError, safe_open
 
-    path = folder / "cache.safetensors"
     try:
         with safe_open(path, framework="pt") as stored:  # pyright: ignore[reportArgumentType]
             yield stored

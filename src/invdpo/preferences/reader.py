@@ -6,24 +6,38 @@ import io
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, UnidentifiedImageError
 
 from invdpo.errors import InvdpoError
+from invdpo.preferences.shards import COLUMNS, Shard, decided, winners
 
-COLUMNS = ("jpg_0", "jpg_1", "label_0", "label_1", "caption")
+ROWS_AT_ONCE = 64  # rows of a record batch: 25 MB of Pick-a-Pic's JPEGs
+PAGES = 2**20  # bytes read from the file at a time, instead of a whole row group's
 
 
 @dataclass(frozen=True)
-class Pair:
-    """One decided pair, winner first. `row` counts the rows of all files in order."""
+class EncodedPair:
+    """A decided pair as it is stored, winner first. `row` counts the rows of all files in order."""
 
     row: int
     caption: str
     winner: bytes
     loser: bytes
+
+    def with_images(self, images: tuple[Image.Image, Image.Image]) -> Pair:
+        """This pair and its decoded images, winner first."""
+        return Pair(self.row, self.caption, self.winner, self.loser, *images)
+
+
+@dataclass(frozen=True)
+class Pair(EncodedPair):
+    """With its images decoded."""
+
     winner_image: Image.Image
     loser_image: Image.Image
 
@@ -49,109 +63,97 @@ class Counts:
     kept: int = 0
     undecodable_rows: list[int] = field(default_factory=list)
 
+    def spoilt(self, row: int) -> None:
+        """A row with an image that cannot be decoded."""
+        self.undecodable += 1
+        self.undecodable_rows.append(row)
 
-def find_files(source: str) -> list[Path]:
-    """A parquet file, every parquet file of a folder (sorted), or the train split of a hub dataset.
 
-    Raises InvdpoError where there is none.
+def read_encoded(file: Path, rows: np.ndarray, first: int = 0) -> Iterator[EncodedPair]:
+    """The given decided rows of a file (ascending numbers in it), winner first; `first`: the number of its first row.
+
+    Row groups that hold none of them are not read. In memory are a few pages: those of writers that count a page's rows
+    and not its bytes (1,024 of them by default) are as large as a row group, and take twice its bytes. Raises
+    InvdpoError where the file breaks off.
     """
-    path = Path(source)
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        files = sorted(path.rglob("*.parquet"))
-        if not files:
-            raise InvdpoError(f"`preferences: {source}` is a folder without a parquet file in it.")
-        return files
-    from huggingface_hub import snapshot_download
+    for start, batch in _batches(file, rows):
+        for row, values, won in zip(start, batch.to_pylist(), winners(batch.column("label_0"))[1], strict=True):
+            images = [_bytes(values["jpg_0"]), _bytes(values["jpg_1"])]
+            if not won:
+                images.reverse()
+            yield EncodedPair(first + int(row), values["caption"] or "", *images)
 
+
+def _batches(file: Path, rows: np.ndarray) -> Iterator[tuple[np.ndarray, pa.RecordBatch]]:
+    """Those rows of a file in record batches, with their numbers."""
     try:
-        folder = Path(snapshot_download(source, repo_type="dataset", allow_patterns=["*.parquet"]))
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise InvdpoError(
-            f"`preferences: {source}` is no file or folder here, nor a reachable hub dataset ({reason}). "
-            "Check the path or the id."
-        ) from error
-    files = sorted(folder.rglob("*.parquet"))
-    # A hub dataset names its splits in its file names; validation and test pairs must not be trained on.
-    return [file for file in files if "train" in file.name] or files
+        with pq.ParquetFile(file, buffer_size=PAGES, pre_buffer=False) as parquet:
+            start = 0
+            for group in range(parquet.num_row_groups):
+                end = start + parquet.metadata.row_group(group).num_rows
+                if len(_between(rows, start, end)):
+                    for batch in parquet.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=list(COLUMNS)):
+                        chosen = _between(rows, start, start + len(batch))
+                        if len(chosen):
+                            yield chosen, batch.take(pa.array(chosen - start))
+                        start += len(batch)
+                start = end
+    except (pa.ArrowException, OSError) as error:
+        raise InvdpoError(f"{file} breaks off while it is read ({error}). Copy or download the file again.") from error
 
 
-def check_columns(files: list[Path]) -> int:
-    """Check that every file can be read and has the needed columns; returns the rows of all together.
-
-    Raises InvdpoError that names the file and the missing columns.
-    """
-    rows = 0
-    for file in files:
-        try:
-            described = pq.ParquetFile(file)
-        except (pa.ArrowException, OSError) as error:
-            raise InvdpoError(f"{file} cannot be read as parquet: {error}") from error
-        missing = [name for name in COLUMNS if name not in described.schema_arrow.names]
-        if missing:
-            raise InvdpoError(
-                f"{file} lacks the column{'s' if len(missing) > 1 else ''} {', '.join(missing)}. "
-                f"Preference pairs need Pick-a-Pic v2's columns {', '.join(COLUMNS)}; this file has "
-                f"{', '.join(described.schema_arrow.names)}."
-            )
-        rows += described.metadata.num_rows
-    return rows
+def _between(rows: np.ndarray, start: int, end: int) -> np.ndarray:
+    return rows[np.searchsorted(rows, start) : np.searchsorted(rows, end)]
 
 
-def read_pairs(files: list[Path], counts: Counts, batch: int = 256) -> Iterator[Pair]:
-    """The decided pairs in file order, winner first, decoded to RGB; `counts` is filled on the way.
+def read_pairs(files: list[Path], counts: Counts) -> Iterator[Pair]:
+    """The decoded pairs in file order, winner first, decoded to RGB; `counts` is filled on the way.
 
-    Ties (neither label 0 nor 1, as Diffusion-DPO's train.py L859-862 filters them) are left out. A pair with
-    an image that cannot be decoded is left out and counted; the caller judges how many are too many.
+    Ties are left out. A pair with an image that cannot be decoded is left out and counted; the caller judges how many
+    are too many.
     """
     for file in files:
-        for table in pq.ParquetFile(file).iter_batches(batch_size=batch, columns=list(COLUMNS)):
-            for record in table.to_pylist():
-                row = counts.rows
-                counts.rows += 1
-                if record["label_0"] not in (0, 1):
-                    counts.ties += 1
-                    continue
-                images = [_bytes(record["jpg_0"]), _bytes(record["jpg_1"])]
-                if record["label_0"] == 0:
-                    images.reverse()
-                decoded = _both(images, row, counts)
-                if decoded is not None:
-                    yield Pair(row, record["caption"] or "", images[0], images[1], *decoded)
+        first, is_decided = counts.rows, decided(Shard(str(file), 0, file))
+        counts.rows += len(is_decided)
+        counts.ties += len(is_decided) - int(is_decided.sum())
+        for pair in read_encoded(file, np.flatnonzero(is_decided), first):
+            images = decode_both(pair.winner, pair.loser)
+            if images is None:
+                counts.spoilt(pair.row)
+            else:
+                counts.kept += 1
+                yield pair.with_images(images)
 
 
-def read_votes(files: list[Path], counts: Counts, batch: int = 256) -> Iterator[Vote]:
+def read_votes(files: list[Path], counts: Counts) -> Iterator[Vote]:
     """Every pair in file order, ties included, decoded to RGB; `counts` is filled on the way.
 
     A label that is neither 0 nor 1 is a tie. A pair with an image that cannot be decoded is left out and counted.
     """
     for file in files:
-        for table in pq.ParquetFile(file).iter_batches(batch_size=batch, columns=list(COLUMNS)):
-            for record in table.to_pylist():
-                row = counts.rows
-                counts.rows += 1
-                label = float(record["label_0"]) if record["label_0"] in (0, 1) else 0.5
-                counts.ties += label == 0.5
-                decoded = _both([_bytes(record["jpg_0"]), _bytes(record["jpg_1"])], row, counts)
-                if decoded is not None:
-                    yield Vote(row, record["caption"] or "", *decoded, label)
+        first, rows = counts.rows, pq.read_metadata(file).num_rows
+        counts.rows += rows
+        for numbers, batch in _batches(file, np.arange(rows)):
+            labels = np.where(*winners(batch.column("label_0")), 0.5)
+            counts.ties += int((labels == 0.5).sum())
+            for row, values, label in zip(numbers, batch.to_pylist(), labels, strict=True):
+                images = decode_both(_bytes(values["jpg_0"]), _bytes(values["jpg_1"]))
+                if images is None:
+                    counts.spoilt(first + int(row))
+                else:
+                    counts.kept += 1
+                    yield Vote(first + int(row), values["caption"] or "", *images, float(label))
 
 
-def _both(images: list[bytes], row: int, counts: Counts) -> tuple[Image.Image, Image.Image] | None:
-    """A pair's images, counted as kept; None, counted as undecodable, where either is no image."""
+def decode_both(first: bytes, second: bytes) -> tuple[Image.Image, Image.Image] | None:
+    """Two images as RGB; None where either is no whole image."""
     try:
-        first, second = (_decode(image) for image in images)
+        return _decode(first), _decode(second)
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        counts.undecodable += 1
-        counts.undecodable_rows.append(row)
         return None
-    counts.kept += 1
-    return first, second
 
 
-def _bytes(value: bytes | dict[str, bytes] | None) -> bytes:
+def _bytes(value: bytes | dict[str, Any] | None) -> bytes:
     """The datasets library writes an image column as {bytes, path}, Pick-a-Pic as plain bytes."""
     content = value.get("bytes") if isinstance(value, dict) else value
     return content or b""

@@ -1,43 +1,22 @@
-"""Which pairs and which noise a step sees: functions of (seed, step, position) alone.
+"""What a step sees of its pairs, and which noise: functions of (seed, step, position) alone.
 
 So a run that is stopped and resumed, or split into other micro-batches, sees exactly the same data.
 """
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from invdpo.preferences.cache import PreferenceCache
-from invdpo.types import Conditioning, select, where
+from invdpo.preferences.order import generator
+from invdpo.types import Conditioning, where
 
 # The sizes that the released scripts of Diffusion-DPO and Inversion-DPO (train_ddim.py:471) tell SDXL of every image.
 FIXED_SIZES = (1024.0, 1024.0, 0.0, 0.0, 1024.0, 1024.0)
-
-
-def generator(*key: int | str) -> torch.Generator:
-    """A CPU generator seeded from the hash of its key."""
-    digest = hashlib.sha256(":".join(map(str, key)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-
-
-def pair_order(seed: int, step: int, batch: int, pairs: int) -> list[int]:
-    """The `batch` pairs of optimizer step `step` (from 1): consecutive entries of one permutation an
-    epoch.
-    """
-    first = (step - 1) * batch
-    places = (divmod(position, pairs) for position in range(first, first + batch))
-    return [_permutation(seed, epoch, pairs)[place] for epoch, place in places]
-
-
-@lru_cache(maxsize=2)  # a step meets one epoch, or the end of one and the start of the next
-def _permutation(seed: int, epoch: int, pairs: int) -> list[int]:
-    return torch.randperm(pairs, generator=generator(seed, epoch, "order")).tolist()
 
 
 @dataclass(frozen=True)
@@ -67,8 +46,7 @@ def draw(
     Latents are drawn from the VAE's posterior, winner and loser independently, as the official script's
     `.sample()`. micro_conditioning: the sizes that SDXL is told, each image's own or `FIXED_SIZES`.
     """
-    device = cache.win_mean.device
-    index = torch.tensor(pairs, device=device)
+    device, index = cache.device, cache.rows(pairs)
     swapped = flipped[torch.tensor(pairs)].to(device)
     swap = swapped[:, None, None, None]
     mean = torch.stack([cache.win_mean[index], cache.lose_mean[index]])
@@ -77,7 +55,7 @@ def draw(
     positions = range(first, first + len(pairs))
     noise = torch.stack([torch.randn(shape, generator=generator(seed, step, p, "latent")) for p in positions], dim=1)
     x0 = mean + std * noise.to(device)  # (2,B,C,h,w)
-    prompt = select(cache.captions, cache.caption_index[index])
+    prompt = cache.prompts(index)
     empty = cache.empty.map(lambda value: value.expand(len(pairs), *value.shape[1:]))
     if caption_dropout > 0:
         drawn = [torch.rand((), generator=generator(seed, step, p, "dropout")) for p in positions]

@@ -27,10 +27,11 @@ from invdpo.inversion import invert
 from invdpo.inversion.cache import Inverter, TrajectoryCache, identity
 from invdpo.preferences.cache import PreferenceCache, cache_key, load_cache
 from invdpo.preferences.labels import flips, strengths
+from invdpo.preferences.order import pair_order
 from invdpo.provenance import code_hash, lock_hash, peak_memory, stamp
 from invdpo.schedule import NoiseSchedule
 from invdpo.training import state
-from invdpo.training.data import draw, pair_order
+from invdpo.training.data import draw
 from invdpo.training.optim import build_optimizer, distance, warmed_up
 
 if TYPE_CHECKING:
