@@ -194,6 +194,20 @@ def tuning_key(wildcards):
     return digest(EVALUATION_KEY, study.preferences, grid, SETTINGS["training"], arm, recipe)
 
 
+def processes(wildcards):
+    """How many processes train an arm together."""
+    arm = study.arm(wildcards.arm)
+    return arm.training.processes if arm.trains else 1
+
+
+def train_threads(wildcards):
+    return STAGE_THREADS * processes(wildcards)
+
+
+def train_gpus(wildcards):
+    return GPU * processes(wildcards)
+
+
 def arm_cost(wildcards):
     """Priority of an arm: the longest run starts first, so that none is left to finish alone."""
     arm = study.arm(wildcards.arm)

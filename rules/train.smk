@@ -19,9 +19,9 @@ rule train:
     wildcard_constraints:
         arm="|".join(map(re.escape, TRAINED)),
     priority: arm_cost
-    threads: STAGE_THREADS
+    threads: train_threads
     resources:
-        gpu=GPU,
+        gpu=train_gpus,
     params:
         study=STUDY,
         key=arm_key,

@@ -319,6 +319,18 @@ def tiny_cache(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, tiny_p
     return folder / "results" / "tiny" / "preferences"
 
 
+@pytest.fixture
+def prepared(tiny_study: Callable[..., StudyConfig], tiny_cache: Path) -> Callable[..., StudyConfig]:
+    """As `tiny_study`, the pairs already encoded."""
+
+    def make(**changes: Any) -> StudyConfig:
+        study = tiny_study(**changes)
+        shutil.copytree(tiny_cache, study.root / "preferences", dirs_exist_ok=True)
+        return study
+
+    return make
+
+
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Browser]:
     """Debian's Chromium; skips the test where it is not installed."""

@@ -74,12 +74,24 @@ def _use_threads(threads: int | None) -> None:
     os.environ.update(OMP_NUM_THREADS=count, MKL_NUM_THREADS=count)
 
 
+def _rank() -> int | None:
+    """This process's number among those that a launcher started together; None where it is alone."""
+    return int(os.environ["RANK"]) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
+
+
 def _log_to(log_file: Path | None) -> None:
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
-    handlers[0].setLevel(logging.INFO)
+    rank = _rank()
+    handlers[0].setLevel(logging.WARNING if rank else logging.INFO)
     if log_file is not None:
         log_file.parent.mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.FileHandler(log_file, mode="w", encoding="utf-8"))
+        if rank is None:
+            log_file.write_text("", encoding="utf-8")
+        # Appending, line by line: the processes of a run share the file.
+        handlers.append(logging.FileHandler(log_file, mode="a", encoding="utf-8"))
+    if rank:
+        for handler in handlers:
+            handler.setFormatter(logging.Formatter(f"[rank {rank}] %(message)s"))
     for handler in log.handlers:
         handler.close()
     log.handlers = handlers
@@ -141,15 +153,34 @@ def train(
     threads: ThreadsOption = None,
     log_file: LogOption = None,
 ) -> None:
-    """Train an arm: root/runs/ARM/seedK/. Resumes what was stopped; a finished run is not trained again."""
+    """Train an arm: root/runs/ARM/seedK/. Resumes what was stopped; a finished run is not trained again.
+
+    With `training.processes: N` it starts N processes, one a GPU, and ends with the first of them that fails. Started
+    by torchrun or `accelerate launch` it is one of theirs.
+    """
     config = _start(study, threads, log_file)
     seeds = _seeds(config, seed)
-    config.arm(arm)
+    settings = config.arm(arm)
     _tuned(config, [arm])
     device = _device(config)
+    processes = settings.training.processes if settings.trains else 1
+    if processes > 1 and _rank() is None:
+        from invdpo.training.ranks import check_devices, launch
+
+        check_devices(device, processes)
+        launch(processes, _once_more("train", study, arm, seeds, processes, log_file))
+        return
     from invdpo.training.loop import train as run
 
     run(config, arm, seeds, device)
+
+
+def _once_more(stage: str, study: Path, arm: str, seeds: list[int], processes: int, log_file: Path | None) -> list[str]:
+    """The command line of one of several processes, which share the threads and the log of this one."""
+    threads = max(1, int(os.environ["OMP_NUM_THREADS"]) // processes)
+    command = [sys.executable, "-m", "invdpo.cli", stage, "--study", str(study), "--arm", arm]
+    command += [part for seed in seeds for part in ("--seed", str(seed))]
+    return [*command, "--threads", str(threads), *(["--log", str(log_file)] if log_file else [])]
 
 
 @app.command()

@@ -49,20 +49,46 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
 
 
+class LoraConfig(Strict):
+    """Low-rank adapters in place of new weights; the defaults are those of diffusers' Diffusion-DPO scripts
+    (examples/research_projects/diffusion_dpo/train_diffusion_dpo_sdxl.py: `--rank`, `unet_lora_config`)."""
+
+    rank: PositiveInt = 4
+    alpha: PositiveInt | None = Field(None, description="the adapters count alpha / rank times; null: rank")
+    targets: Annotated[list[str], Field(min_length=1)] = Field(
+        ["to_k", "to_q", "to_v", "to_out.0"], description="layers whose names end so"
+    )
+
+
 class TrainingConfig(Strict):
     """How a run is optimised. `batch` counts pairs an optimizer step, `micro_batch` pairs a backward pass."""
 
     steps: PositiveInt = 40
     batch: PositiveInt = 32
-    micro_batch: PositiveInt | None = Field(None, description="pairs a backward pass; must divide batch; null: batch")
+    micro_batch: PositiveInt | None = Field(
+        None, description="pairs a backward pass; must divide a process's share of batch; null: that share"
+    )
     checkpoints: list[PositiveInt] = Field(
         [], description="optimizer steps after which the policy is kept and scored; the last step always is"
     )
-    optimizer: Literal["adamw", "adafactor"] = "adamw"
+    processes: PositiveInt = Field(
+        1, description="how many `invdpo train` starts to train together, one a GPU; must divide batch"
+    )
+    optimizer: Literal["adamw", "adamw_8bit", "adafactor"] = Field(
+        "adamw", description="adamw_8bit: needs bitsandbytes; adafactor: as the papers for SDXL"
+    )
     weight_decay: float = Field(0.01, ge=0)
     warmup_steps: int = Field(0, ge=0, description="steps over which the learning rate rises linearly")
     max_grad_norm: PositiveFloat = 1.0
     gradient_checkpointing: bool = False
+    channels_last: bool = Field(False, description="memory format of the UNets' weights; convolutions may be faster")
+    compile: bool = Field(
+        False, description="torch.compile; policy and reference then round differently where their weights are equal"
+    )
+    reference_offload: bool = Field(False, description="the reference is on the GPU only for its passes, once a pass")
+    lora: LoraConfig | None = Field(
+        None, description="train adapters; the reference is the same network without them. null: train all weights"
+    )
     learning_rate: PositiveFloat | None = Field(None, description="null: the recipe's")
     beta: PositiveFloat | None = Field(None, description="null: the recipe's")
     resolution: PositiveInt = Field(512, description="pixels; images are resized and centre-cropped to a square")
@@ -76,15 +102,28 @@ class TrainingConfig(Strict):
     caption_dropout: float = Field(0.0, ge=0, le=1, description="share of pairs trained with the empty prompt")
 
     @model_validator(mode="after")
-    def _micro_batch_divides(self) -> TrainingConfig:
-        if self.batch % self.pairs_a_pass:
-            raise ValueError(f"micro_batch {self.micro_batch} does not divide batch {self.batch}")
+    def _divides(self) -> TrainingConfig:
+        self.pairs_a_pass(self.processes)
         return self
 
-    @property
-    def pairs_a_pass(self) -> int:
-        """Pairs a backward pass."""
-        return self.micro_batch or self.batch
+    @model_validator(mode="after")
+    def _one_network(self) -> TrainingConfig:
+        if self.lora is not None and self.reference_offload:
+            raise ValueError(
+                "with lora the reference is the policy's own network without its adapters, so there is nothing to "
+                "offload; leave reference_offload out"
+            )
+        return self
+
+    def pairs_a_pass(self, processes: int) -> int:
+        """Pairs a backward pass of each of the processes; ValueError where batch cannot be divided so."""
+        if self.batch % processes:
+            raise ValueError(f"{processes} processes cannot share batch {self.batch} equally")
+        share = self.batch // processes
+        if share % (self.micro_batch or share):
+            whose = f"batch {self.batch}" if processes == 1 else f"a process's share {share} of batch {self.batch}"
+            raise ValueError(f"micro_batch {self.micro_batch} does not divide {whose}")
+        return self.micro_batch or share
 
     @property
     def grid(self) -> list[int]:
@@ -636,7 +675,8 @@ class ArmConfig(Strict):
             "method": self.method,
             "labels": self.labels,
             "initial_rounding": self.initial_rounding,
-            "training": self.training.model_dump(),
+            # A run can go on with another number of processes.
+            "training": self.training.model_dump(exclude={"processes"}),
             "recipe": read_yaml(method_path(self.method)) if self.trains else None,
             "recipe_overrides": self.recipe_overrides,
             "identity": self.identity,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -42,3 +43,14 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
     if dtype == torch.float32:
         return nullcontext()
     return torch.autocast(device.type, dtype)
+
+
+@contextmanager
+def memory_for(what: str, remedies: Sequence[str]) -> Iterator[None]:
+    """Turn a GPU that is out of memory into an InvdpoError with what to change, the most helpful first."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        reason = ". ".join(str(error).split(". ")[:2])  # that it is full, and how much was asked for
+        steps = "; ".join(f"({number}) {remedy}" for number, remedy in enumerate(remedies, start=1))
+        raise InvdpoError(f"{what}: out of GPU memory ({reason}). In the order that helps most: {steps}.") from error

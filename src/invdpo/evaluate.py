@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from invdpo.backbones.pipeline import UNetEps, load_schedule, load_unet, load_vae
 from invdpo.backbones.text import empty_prompt, encode_prompts, for_sampling, load_text
-from invdpo.device import resolve_dtype
+from invdpo.device import memory_for, resolve_dtype
 from invdpo.errors import InvdpoError
 from invdpo.inversion.guidance import two_model_guidance
 from invdpo.prompts import read_prompts
@@ -58,13 +58,20 @@ def evaluate(study: StudyConfig, arm: str, seeds: Sequence[int], device: torch.d
 
     The noise of a prompt is the same for all arms, seeds and steps, so that they can be compared pair by
     pair. Raises InvdpoError: missing base, scorer, prompts or run, a run of another configuration, non-finite
-    images.
+    images, a GPU that is out of memory.
     """
     config = study.arm(arm)
     prompts = read_prompts(study.prompts, study.sampling.prompts)
     runs = {seed: checkpoints_of(study, config, seed) for seed in (seeds if config.trains else [0])}
-    studio = _Studio(study, prompts, device)
-    with tqdm(total=sum(map(len, runs.values())) * len(prompts), unit="image", desc=arm) as bar:
+    batch = study.sampling.batch
+    lower = [
+        *([f"`sampling.batch: {batch // 2}` (now {batch})"] if batch > 1 else []),
+        f"`training.resolution` for the whole study (now {study.training.resolution})",
+        "fewer `scorers` at a time, whose networks stay on the GPU",
+    ]
+    bar = tqdm(total=sum(map(len, runs.values())) * len(prompts), unit="image", desc=arm)
+    with memory_for(f"sampling and scoring arm {arm}", lower), bar:
+        studio = _Studio(study, prompts, device)
         return [_evaluate_seed(studio, config, checkpoints, bar) for checkpoints in runs.values()]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from invdpo.inversion.cache import Inverter
 from invdpo.inversion.guidance import evaluations
 from invdpo.objectives import pair_losses
 from invdpo.objectives.likelihood import LogRatios, log_ratios
-from invdpo.objectives.points import Points, as_list, comparison_guidance, make_points
+from invdpo.objectives.points import Points, as_list, comparison_guidance, make_points, predict
 from invdpo.objectives.recipe import Recipe
 from invdpo.schedule import NoiseSchedule, widen
 from invdpo.types import Conditioning, EpsModel, concatenate, select
@@ -75,8 +75,9 @@ def prepare(
     strength: Tensor | None,
     cond_lose: Conditioning | None,
     inverter: Inverter = invert,
+    reference_first: bool = False,
 ) -> Batch:
-    """Every draw and every network call that needs no gradient."""
+    """Every draw and every network call that needs no gradient; with reference_first all of the reference's."""
     compared, reference, x0, cond, schedule = _checked(
         recipe, reference, x0_win, x0_lose, cond, schedule, strength, cond_lose
     )
@@ -86,6 +87,9 @@ def prepare(
     if guidance == 1 and cond is not None:
         cond = cond.without_uncond()
     networks = guided(policy, guidance), guided(reference, guidance)
+    if reference_first and recipe.log_ratio.form == "four_term" and points.reference is None:
+        known, evals = predict(networks[1], points, points.calls, cond, len(x0))
+        points = replace(points, reference=known, unet_evals=points.unet_evals + evals * evaluations(guidance))
     return Batch(recipe, compared.pairs, len(x0), compared.strength, *networks, cond, points)
 
 

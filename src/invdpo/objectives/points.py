@@ -229,13 +229,26 @@ def _reference_eps(
         calls = [slice(max(c.start, points.size - rows), c.stop) for c in calls if c.stop > points.size - rows]
     # A single point is predicted again, at under 1/N of the inversion's cost: rows that left its shrinking batch
     # would carry the rounding of another batch size, and the paper's objective must be exactly zero at the reference.
-    guidance, evals = comparison_guidance(recipe), 0
-    predicted = known.clone()
+    guidance = comparison_guidance(recipe)
+    predicted, latents = predict(guided(reference, guidance), points, calls, cond, rows, known)
+    return predicted, latents * evaluations(guidance)
+
+
+@torch.no_grad()
+def predict(
+    model: EpsModel,
+    points: Points,
+    calls: list[slice],
+    cond: Conditioning | None,
+    rows: int,
+    known: Tensor | None = None,
+) -> tuple[Tensor, int]:
+    """What a model predicts at the points, (K*R,C,H,W), and at how many: those in `calls`, the others being `known`."""
+    predicted = torch.empty_like(points.x) if known is None else known.clone()
     for call in calls:
-        output = guided(reference, guidance)(points.x[call], points.t[call], select(cond, _row(call, rows)))
+        output = model(points.x[call], points.t[call], select(cond, _row(call, rows)))
         predicted[call] = output.to(predicted)
-        evals += (call.stop - call.start) * evaluations(guidance)
-    return predicted, evals
+    return predicted, sum(call.stop - call.start for call in calls)
 
 
 def _row(call: slice, rows: int) -> Tensor:

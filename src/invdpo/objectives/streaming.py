@@ -44,6 +44,7 @@ def backward(
     chunk: int | None = 256,
     inverter: Inverter = invert,
     cond_lose: Conditioning | None = None,
+    reference_first: bool = False,
 ) -> LossOutput:
     """Accumulate the gradient of loss_scale times `preference_loss` into `.grad`, equal to it up to float rounding.
 
@@ -51,7 +52,8 @@ def backward(
     number of timesteps. Where everything fits, one forward and one backward pass suffice. The output's loss is unscaled
     and everything in it detached. Gradients are final only on return: act on them after it, not in hooks (as
     distributed training does). inverter: what computes whole trajectories of the reference, for example a
-    `TrajectoryCache` of it.
+    `TrajectoryCache` of it. reference_first: the reference predicts at all points before the policy is compared at the
+    first, so that one that is not always on the GPU comes there once; its predictions are kept, a latent a point.
     Raises InvdpoError as `preference_loss` does, and for a chunk below 1.
     """
     arguments = (recipe, policy, reference, x0_win, x0_lose, cond, schedule, generator, chunk, strength, cond_lose)
@@ -60,7 +62,7 @@ def backward(
         measured = ratios.values[None]
         evals = ratios.backward(_slopes(compared, measured)[0] * loss_scale)
         return output(compared, measured, ratios.unet_evals + evals)
-    batch = prepare(*arguments, inverter)
+    batch = prepare(*arguments, inverter, reference_first)
     forwards = 1
     if chunk is None or batch.policy_evals() <= chunk:
         out = full_graph(batch)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import math
 import signal
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,20 +21,25 @@ from torch import Tensor
 
 from invdpo import objectives
 from invdpo.backbones.pipeline import UNetEps, load_schedule, load_unet
-from invdpo.config import ArmConfig, StudyConfig
-from invdpo.device import resolve_dtype
+from invdpo.config import ArmConfig, StudyConfig, TrainingConfig
+from invdpo.device import memory_for, resolve_dtype
 from invdpo.errors import InvdpoError
 from invdpo.files import remove, write_json
 from invdpo.inversion import invert
-from invdpo.inversion.cache import Inverter, TrajectoryCache, identity
+from invdpo.inversion.cache import Inverter, Savings, TrajectoryCache, identity
+from invdpo.inversion.guidance import evaluations
+from invdpo.objectives.points import comparison_guidance
 from invdpo.preferences.cache import PreferenceCache, cache_key, load_cache
 from invdpo.preferences.labels import flips, strengths
 from invdpo.preferences.order import pair_order
 from invdpo.provenance import code_hash, lock_hash, peak_memory, stamp
 from invdpo.schedule import NoiseSchedule
-from invdpo.training import state
+from invdpo.training import lora, state
 from invdpo.training.data import draw
+from invdpo.training.offload import Offloaded
 from invdpo.training.optim import build_optimizer, distance, warmed_up
+from invdpo.training.ranks import Ranks, join
+from invdpo.types import EpsModel
 
 if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -59,14 +66,16 @@ FP16_GROWTH_INTERVAL = 2000  # good steps before the scale doubles, as torch's G
 
 def train(study: StudyConfig, arm_name: str, seeds: list[int], device: torch.device) -> None:
     """Train an arm for each seed into root/runs/<arm>/seed<k>; a finished seed is only brought back to its
-    place.
+    place. Processes that a launcher started together (`training.ranks`) train each run together, and the first of them
+    writes.
 
-    Raises InvdpoError (bad input, non-finite loss, full disk) and KeyboardInterrupt (a clean stop that
-    resumes).
+    Raises InvdpoError (bad input, non-finite loss, full disk, out of GPU memory) and KeyboardInterrupt (a clean stop
+    that resumes).
     """
+    ranks, device = join(device)
     arm = study.arm(arm_name)
-    _check_passes(arm)
-    runs = [Run(study, arm, seed, device) for seed in seeds]
+    _check_passes(arm, ranks)
+    runs = [Run(study, arm, seed, device, ranks) for seed in seeds]
     if not arm.trains:
         for run in runs:
             run.finish_untrained()
@@ -75,11 +84,14 @@ def train(study: StudyConfig, arm_name: str, seeds: list[int], device: torch.dev
     key = cache_key(study.root / "preferences", scored)
     for run in runs:
         run.settle(key)
+    ranks.wait()
     if all(run.finished for run in runs):
         for run in runs:
             run.publish()
         return
-    base = load_unet(study.base, device, arm.training.gradient_checkpointing, variant=study.variant)
+    place = torch.device("cpu") if arm.training.reference_offload else device
+    with memory_for(f"{arm_name}: the base", ["a larger GPU: even its weights alone do not fit"]):
+        base = load_unet(study.base, place, arm.training.gradient_checkpointing, variant=study.variant)
     schedule = load_schedule(study.base)
     cache = load_cache(study.root / "preferences", device, scored)
     for run in runs:
@@ -88,15 +100,25 @@ def train(study: StudyConfig, arm_name: str, seeds: list[int], device: torch.dev
         run.publish()
 
 
-def _check_passes(arm: ArmConfig) -> None:
+def _check_passes(arm: ArmConfig, ranks: Ranks) -> None:
     """A loss that looks at its whole batch cannot be summed over parts of it."""
     training = arm.training
-    if arm.trains and arm.recipe.loss.kind == "kto" and training.pairs_a_pass != training.batch:
+    try:
+        pairs = training.pairs_a_pass(ranks.size)
+    except ValueError as error:
+        raise InvdpoError(f"`arms.{arm.name}.training`: {error}. Change `batch` or `micro_batch`.") from error
+    if arm.trains and arm.recipe.loss.kind == "kto" and pairs != training.batch:
         raise InvdpoError(
             f"`arms.{arm.name}`: `training.micro_batch` is {training.micro_batch} and `training.batch` is "
-            f"{training.batch}, but the loss of recipe {arm.recipe.name} (`loss.kind: kto`) measures every pair from "
-            "the mean log-ratio of its backward pass, so it would be another method for every `micro_batch`. Leave "
-            "`micro_batch` out for this arm (null); `training.chunk` bounds its memory."
+            f"{training.batch}, shared by {ranks.size} process(es), but the loss of recipe {arm.recipe.name} "
+            "(`loss.kind: kto`) measures every pair from the mean log-ratio of its backward pass, so it would be "
+            "another method for every `micro_batch`. Leave `micro_batch` out for this arm (null) and set `processes: "
+            "1`; `training.chunk` bounds its memory."
+        )
+    if training.lora is not None and arm.initial_rounding is not None:
+        raise InvdpoError(
+            f"`arms.{arm.name}`: `initial_rounding` and `training.lora` exclude each other: the reference is the "
+            "policy's network without its adapters, and would be rounded too. Leave one of them out."
         )
 
 
@@ -129,11 +151,14 @@ def stop_requests() -> Iterator[threading.Event]:
 class Run:
     """One arm and seed: its output folder, its state folder, its training."""
 
-    def __init__(self, study: StudyConfig, arm: ArmConfig, seed: int, device: torch.device) -> None:
+    def __init__(
+        self, study: StudyConfig, arm: ArmConfig, seed: int, device: torch.device, ranks: Ranks | None = None
+    ) -> None:
         self.study = study
         self.arm = arm
         self.seed = seed
         self.device = device
+        self.ranks = ranks or Ranks()
         self.name = f"{arm.name}/seed{seed}"
         self.out = study.root / "runs" / arm.name / f"seed{seed}"
         self.state = study.root / "state" / arm.name / f"seed{seed}" / arm.hash
@@ -145,6 +170,8 @@ class Run:
 
     def settle(self, data_key: str) -> None:
         """Clear whatever this configuration, code, libraries and pairs did not make: it is never resumed."""
+        if not self.ranks.writes:
+            return
         identity = {
             "config_hash": self.arm.hash,
             "data_key": data_key,
@@ -170,69 +197,48 @@ class Run:
 
     def publish(self) -> None:
         """Bring the output folder in line with the state."""
+        if not self.ranks.writes:
+            return
         kept = [step for step in self.arm.training.grid if (self.state / state.checkpoint_folder(step)).is_dir()]
         state.publish(self.state, self.out, kept, self.finished)
 
     def finish_untrained(self) -> None:
         """The base model's run: nothing trained, nothing spent."""
+        if not self.ranks.writes:
+            return
         remove(self.out)
         state.write_rows(self.out / "train.jsonl", [])
         write_json(self.out / "run.json", self._describe(state.Progress(), time.time(), None, {}))
 
     def train(self, base: UNet2DConditionModel, schedule: NoiseSchedule, cache: PreferenceCache) -> None:
-        """Train from the stored state (or from `base`) to the last step, keeping checkpoints on the grid."""
-        from tqdm import tqdm
+        """Train from the stored state (or from `base`) to the last step, keeping checkpoints on the grid.
 
-        training, recipe = self.arm.training, self.arm.recipe
-        started = time.time()
+        With `training.lora`, `base` wears the adapters meanwhile.
+        """
+        started, training = time.time(), self.arm.training
         dtype = resolve_dtype(self.device, self.study.precision)
-        policy = initial_policy(base, self.arm.initial_rounding)
-        reference = frozen_reference(base, recipe.reference_dtype, self.device)
-        optimizer = build_optimizer(policy.parameters(), training, self.arm.learning_rate)
-        progress = state.load_state(self.state, policy, optimizer)
-        if progress.step:
-            log.info(f"{self.name}: resuming after step {progress.step} of {training.steps}")
-            self.publish()
-        elif dtype == torch.float16:
-            progress.loss_scale = FP16_LOSS_SCALE
-        stepper = Stepper(
-            self,
-            policy,
-            reference,
-            base,
-            optimizer,
-            schedule,
-            cache,
-            dtype,
-            progress,
-            self._inverter(reference, dtype, progress),
-        )
-        saved = progress.step
-
-        def save() -> None:
-            nonlocal saved
-            state.save_state(self.state, policy, optimizer, progress)
-            saved = progress.step
-
-        bar = tqdm(total=training.steps, initial=progress.step, desc=self.name, unit="step", mininterval=0.5)
-        with bar, stop_requests() as stop:
-            while progress.step < training.steps:
-                row = stepper.step()
-                bar.update()
-                bar.set_postfix(loss=f"{row['loss']:.4g}", refresh=False)
-                if progress.step in training.grid:
-                    state.save_checkpoint(self.state, policy, progress.step)
-                    save()
-                    self.publish()
-                    log.debug(f"{self.name}: step {progress.step}, loss {row['loss']:.6g}")
-                if stop.is_set() and progress.step < training.steps:
-                    if saved != progress.step:
-                        save()
-                    log.warning(
-                        f"{self.name}: stopped after step {progress.step} of {training.steps}; "
-                        "the same command goes on from there"
-                    )
-                    raise KeyboardInterrupt
+        savings = Savings()
+        adapted = None
+        try:
+            with memory_for(f"{self.name}: weights and optimizer", remedies(self.arm, self.ranks, before_steps=True)):
+                reference = frozen_reference(base, self.arm.recipe.reference_dtype, self.device)
+                inverter = self._inverter(reference, dtype, savings)
+                if training.lora is not None:
+                    policy = adapted = lora.attach(base, training.lora, self.seed)
+                else:
+                    policy = initial_policy(base, self.arm.initial_rounding).to(self.device)  # pyright: ignore[reportArgumentType]
+                for unet in (policy, reference):
+                    _arrange(unet, training)
+                trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+                optimizer = build_optimizer(trainable, training, self.arm.learning_rate)
+                progress = state.load_state(self.state, policy, optimizer)
+                stepper = Stepper(
+                    self, policy, reference, base, optimizer, schedule, cache, dtype, progress, inverter, savings
+                )
+            self._steps(stepper, policy, optimizer, adapted)
+        finally:
+            if adapted is not None:
+                lora.detach(adapted)
         last = progress.rows[-1]
         moved = {
             "reference_distance": last["reference_distance"],
@@ -240,6 +246,8 @@ class Run:
             "data_key": cache.key,
             "pairs": len(cache),
         }
+        if not self.ranks.writes:
+            return
         state.finish(self.state, self._describe(progress, started, dtype, moved))
         if (savings := progress.savings).asked:
             log.info(
@@ -247,7 +255,87 @@ class Run:
                 f"which saved {savings.unet_evals:,} UNet evaluations and {savings.seconds:.0f} s"
             )
 
-    def _inverter(self, reference: UNet2DConditionModel, dtype: torch.dtype, progress: state.Progress) -> Inverter:
+    def _steps(
+        self,
+        stepper: Stepper,
+        policy: UNet2DConditionModel,
+        optimizer: torch.optim.Optimizer,
+        adapted: UNet2DConditionModel | None,
+    ) -> None:
+        """The steps that are left; raises KeyboardInterrupt after a clean stop."""
+        from tqdm import tqdm
+
+        training, progress, ranks = self.arm.training, stepper.progress, self.ranks
+        if progress.step:
+            log.info(f"{self.name}: resuming after step {progress.step} of {training.steps}")
+            self.publish()
+        elif stepper.fp16:
+            progress.loss_scale = FP16_LOSS_SCALE
+        saved = progress.step
+
+        def save() -> None:
+            nonlocal saved
+            if ranks.writes:
+                state.save_state(self.state, policy, optimizer, progress)
+            saved = progress.step
+
+        bar = tqdm(
+            total=training.steps,
+            initial=progress.step,
+            desc=self.name,
+            unit="step",
+            mininterval=0.5,
+            disable=not ranks.writes,
+        )
+        lower = remedies(self.arm, ranks)
+        with bar, stop_requests() as stop:
+            while progress.step < training.steps:
+                with memory_for(f"{self.name}: step {progress.step + 1}", lower):
+                    row = stepper.step()
+                stopped = self._agree(row, stop.is_set())
+                bar.update()
+                bar.set_postfix(loss=f"{row['loss']:.4g}", refresh=False)
+                if progress.step in training.grid:
+                    self._keep(policy, progress.step, adapted)
+                    save()
+                    self.publish()
+                    log.debug(f"{self.name}: step {progress.step}, loss {row['loss']:.6g}")
+                if stopped and progress.step < training.steps:
+                    if saved != progress.step:
+                        save()
+                    log.warning(
+                        f"{self.name}: stopped after step {progress.step} of {training.steps}; "
+                        "the same command goes on from there"
+                    )
+                    raise KeyboardInterrupt
+
+    def _agree(self, row: dict[str, Any], stop: bool) -> bool:
+        """Whether any process was asked to stop; the row then tells the largest memory of all.
+
+        Raises InvdpoError where the processes have come to have different weights.
+        """
+        stops, memory, distances = zip(
+            *self.ranks.gather((stop, row["memory_bytes"], row["reference_distance"])), strict=True
+        )
+        row["memory_bytes"] = max(memory)
+        if len(set(distances)) > 1:
+            raise InvdpoError(
+                f"{self.name}: after step {row['step']} the processes have different weights (their distances from "
+                f"the reference are {', '.join(map(str, distances))}). Train on GPUs of one kind, with one version of "
+                "the libraries; the last saved state is from before."
+            )
+        return any(stops)
+
+    def _keep(self, policy: UNet2DConditionModel, step: int, adapted: UNet2DConditionModel | None) -> None:
+        """The checkpoint of a step: a whole UNet, with what adapters add merged into a fresh copy of the base."""
+        if not self.ranks.writes:
+            return
+        if adapted is not None:
+            fresh = load_unet(self.study.base, torch.device("cpu"), variant=self.study.variant)
+            policy = lora.merged(adapted, fresh)
+        state.save_checkpoint(self.state, policy, step, adapted)
+
+    def _inverter(self, reference: UNet2DConditionModel, dtype: torch.dtype, savings: Savings) -> Inverter:
         """What inverts by the reference: with the study's trajectories, where it keeps them and the recipe has any."""
         recipe, limit = self.arm.recipe, self.study.trajectory_cache_gb
         spec = recipe.trajectory
@@ -255,7 +343,7 @@ class Run:
         if limit is None or not whole:
             return invert
         model = f"{identity(reference, dtype)} told in {recipe.reference_label_dtype}"
-        return TrajectoryCache(self.study.root / TRAJECTORIES, int(limit * 1e9), model, progress.savings).invert
+        return TrajectoryCache(self.study.root / TRAJECTORIES, int(limit * 1e9), model, savings).invert
 
     def _describe(
         self, progress: state.Progress, started: float, dtype: torch.dtype | None, extra: dict[str, Any]
@@ -278,6 +366,7 @@ class Run:
             "base": self.study.base,
             "recipe": self.arm.recipe.model_dump(mode="json") if self.arm.trains else None,
             "training": self.arm.training.model_dump(mode="json"),
+            "processes": self.ranks.size,
             "learning_rate": self.arm.learning_rate if self.arm.trains else None,
             "beta": self.arm.recipe.beta if self.arm.trains else None,
             "steps": progress.step,
@@ -303,14 +392,24 @@ class Stepper:
         dtype: torch.dtype,
         progress: state.Progress,
         inverter: Inverter = invert,
+        savings: Savings | None = None,
     ) -> None:
+        """savings: what `inverter` counts into, and each step takes over into `progress`."""
         self.arm, self.seed, self.device = run.arm, run.seed, run.device
-        self.name, self.state_folder = run.name, run.state
-        self.policy = UNetEps(policy, dtype)
-        self.reference = UNetEps(reference, dtype)
-        self.inverter = inverter
-        self.parameters: list[Tensor] = list(policy.parameters())
-        self.base_parameters: list[Tensor] = [value.detach() for value in base.parameters()]
+        self.name, self.state_folder, self.ranks = run.name, run.state, run.ranks
+        self.policy: EpsModel = UNetEps(policy, dtype)
+        self.reference: EpsModel = UNetEps(reference, dtype)
+        self.parameters: list[Tensor] = [value for value in policy.parameters() if value.requires_grad]
+        self.base_parameters: list[Tensor] = list(lora.base_weights(base))
+        self.distance = partial(distance, self.parameters, self.base_parameters)
+        if run.arm.training.lora is not None:
+            self.distance = partial(lora.distance, policy)
+        if reference is policy:
+            self.reference = lora.switched_off(policy, self.reference)
+        if run.arm.training.reference_offload:
+            self.reference = Offloaded(self.reference, reference, run.device)
+            self.policy = self.reference.released_before(self.policy)
+        self.inverter, self.savings = inverter, savings or Savings()
         self.optimizer, self.schedule, self.cache, self.progress = optimizer, schedule, cache, progress
         self.fp16 = dtype == torch.float16
         self.flipped = flips(run.arm.labels, len(cache), run.seed)
@@ -331,12 +430,12 @@ class Stepper:
         number = progress.step + 1
         while True:
             outputs = self._accumulate(number)
-            loss = torch.stack([output.loss.detach().float() for output in outputs]).mean()
-            norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-            norm = norm / progress.loss_scale
-            progress.unet_evals += sum(output.unet_evals for output in outputs)
-            if not torch.isfinite(loss):
-                self._fail(number, "loss", float(loss))
+            gradients = [p.grad for p in self.parameters if p.grad is not None]
+            self.ranks.add(gradients)
+            norm = torch.nn.utils.get_total_norm(gradients) / progress.loss_scale
+            loss, numbers = self._exchange(outputs)
+            if not math.isfinite(loss):
+                self._fail(number, "loss", loss)
             if torch.isfinite(norm):
                 break
             if not self.fp16 or progress.loss_scale <= 1:
@@ -346,18 +445,23 @@ class Stepper:
 
         rate = warmed_up(self.arm.learning_rate, number, training.warmup_steps)
         self._update(norm, rate)
+        if isinstance(self.reference, Offloaded):
+            self.reference.release()
         progress.step = number
         progress.pairs_seen += training.batch
         if self.fp16:
             progress.good_steps += 1
             if progress.good_steps == FP16_GROWTH_INTERVAL:
                 progress.loss_scale, progress.good_steps = progress.loss_scale * 2, 0
-        numbers = self._numbers(outputs, loss, norm)
+        grad_norm, moved = torch.stack([norm.float(), self.distance().float()]).tolist()
         # As if nothing had been found: a method's time must not depend on which other method ran first.
         progress.seconds += time.perf_counter() - began + progress.savings.seconds - saved
         row = {
             "step": number,
+            "loss": loss,
             **numbers,
+            "grad_norm": grad_norm,
+            "reference_distance": moved,
             "learning_rate": rate,
             "pairs_seen": progress.pairs_seen,
             "unet_evals": progress.unet_evals,
@@ -368,13 +472,14 @@ class Stepper:
         return row
 
     def _accumulate(self, number: int) -> list[objectives.LossOutput]:
-        """Forward and backward of every micro-batch; gradients carry fp16's loss scale."""
+        """Forward and backward of every micro-batch of this process; gradients carry fp16's loss scale, and each
+        process's are its part of the whole batch's."""
         training = self.arm.training
         self.optimizer.zero_grad(set_to_none=True)
         chosen = pair_order(self.seed, number, training.batch, len(self.cache))
-        size = training.pairs_a_pass
+        share, size = self.ranks.share(training.batch), training.pairs_a_pass(self.ranks.size)
         outputs = []
-        for first in range(0, training.batch, size):
+        for first in range(share.start, share.stop, size):
             pairs = chosen[first : first + size]
             batch = draw(
                 self.cache,
@@ -401,6 +506,7 @@ class Stepper:
                     chunk=training.chunk,
                     inverter=self.inverter,
                     cond_lose=batch.cond_lose,
+                    reference_first=training.reference_offload,
                 )
             )
         return outputs
@@ -415,8 +521,24 @@ class Stepper:
             group["lr"] = rate
         self.optimizer.step()
 
-    def _numbers(self, outputs: list[objectives.LossOutput], loss: Tensor, norm: Tensor) -> dict[str, float | None]:
-        """Means over the batch, brought from the device in one transfer; None where the recipe has no loser.
+    def _exchange(self, outputs: list[objectives.LossOutput]) -> tuple[float, dict[str, float | None]]:
+        """The loss and what is logged beside it, means over the batch; the processes' counts go into `progress`."""
+        own = self._numbers(outputs), sum(output.unet_evals for output in outputs), self.savings
+        numbers, evals, savings = zip(*self.ranks.gather(own), strict=True)
+        self.progress.unet_evals += sum(evals)
+        total = self.progress.savings
+        total.asked += sum(each.asked for each in savings)
+        total.found += sum(each.found for each in savings)
+        total.unet_evals += sum(each.unet_evals for each in savings)
+        total.seconds += max(each.seconds for each in savings)  # the processes would have taken that time together
+        self.savings.asked = self.savings.found = self.savings.unet_evals = 0
+        self.savings.seconds = 0.0
+        means = {name: sum(each[name] for each in numbers) / len(numbers) for name in numbers[0]}
+        return means.pop("loss"), {"logratio_lose": None, "implicit_accuracy": None, **means}
+
+    def _numbers(self, outputs: list[objectives.LossOutput]) -> dict[str, float]:
+        """Means over this process's pairs, brought from the device in one transfer; without those that need a loser
+        where the recipe has none.
 
         logratio_win, logratio_lose: the surrogate log p_theta - log p_ref, before beta, of the images that the arm's
         labels make winners and losers. implicit_accuracy: the share of pairs whose winner has the larger one, one half
@@ -429,15 +551,14 @@ class Stepper:
         """
         win = torch.cat([output.logratio_win.detach() for output in outputs]).float()
         losers = [output.logratio_lose.detach() for output in outputs if output.logratio_lose is not None]
-        values = [loss, norm, distance(self.parameters, self.base_parameters), win.mean()]
-        names = ["loss", "grad_norm", "reference_distance", "logratio_win"]
+        values = [torch.stack([output.loss.detach().float() for output in outputs]).mean(), win.mean()]
+        names = ["loss", "logratio_win"]
         if losers:
             lose = torch.cat(losers).float()
             # A draw counts half: at the start policy and reference are equal and every pair is one.
             values += [lose.mean(), (torch.sign(win - lose) / 2 + 0.5).mean()]
             names += ["logratio_lose", "implicit_accuracy"]
-        found = dict(zip(names, torch.stack([v.detach().float() for v in values]).tolist(), strict=True))
-        return {"logratio_lose": None, "implicit_accuracy": None, **found}
+        return dict(zip(names, torch.stack(values).float().tolist(), strict=True))
 
     def _fail(self, number: int, what: str, value: float) -> None:
         kept = [step for step in self.arm.training.grid if step < number]
@@ -449,6 +570,44 @@ class Stepper:
             f"`learning_rate` (now {self.arm.learning_rate:g}) or beta (now {self.arm.recipe.beta:g}), use "
             "`precision: fp32`, or check the pairs of that step."
         )
+
+
+def remedies(arm: ArmConfig, ranks: Ranks, before_steps: bool = False) -> list[str]:
+    """Which settings of an arm to lower when the GPU's memory does not do, the one that frees most first.
+
+    before_steps: where the weights alone do not fit. Afterwards it is the graph of a policy call, which `chunk` bounds
+    where it is smaller than what a backward pass compares, and `micro_batch` elsewhere.
+    """
+    training, recipe, found = arm.training, arm.recipe, []
+    if not before_steps:
+        pairs = training.pairs_a_pass(ranks.size)
+        # Without inversion steps the grid is that of the noise schedule: 1000 levels for every base there is.
+        points = {"single": 1, "subset": recipe.subset_size}.get(recipe.timesteps, recipe.trajectory.steps) or 1000
+        sides = 1 if recipe.loss.kind == "winner_only" else 2
+        latents = pairs * points * sides * evaluations(comparison_guidance(recipe))
+        chunk = min(training.chunk or latents, latents)
+        fewer = [f"`training.micro_batch: {max(1, pairs // 2)}` (now {pairs})"] if pairs > 1 else []
+        smaller = [f"`training.chunk: {chunk // 2}` (now {training.chunk}, of {latents} latents)"] if chunk > 1 else []
+        found += smaller + fewer if chunk < latents else fewer + smaller
+        if not training.gradient_checkpointing:
+            found.append("`training.gradient_checkpointing: true`")
+    if not training.reference_offload and training.lora is None:
+        found.append("`training.reference_offload: true`")
+    if training.optimizer == "adamw" and training.lora is None:
+        found.append("`training.optimizer: adafactor`")
+    if not before_steps:
+        found.append(f"`training.resolution` for the whole study (now {training.resolution})")
+    if training.lora is None:
+        found.append("`training.lora: {rank: 4}`, which is another method")
+    return found or ["a larger GPU"]
+
+
+def _arrange(unet: UNet2DConditionModel, training: TrainingConfig) -> None:
+    """Memory format and compilation of a UNet, in place; its weights keep their names."""
+    if training.channels_last:
+        unet.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    if training.compile:
+        unet.compile()
 
 
 def initial_policy(base: UNet2DConditionModel, rounding: str | None) -> UNet2DConditionModel:

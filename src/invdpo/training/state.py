@@ -1,7 +1,8 @@
 """What a run needs to go on where it stopped, kept outside the run's declared outputs.
 
 A state folder holds `state.pt` (weights, optimizer, counters; gone once the run is finished), `train.jsonl`,
-`checkpoints/step000010/unet/…`, `run.json` (finished runs only) and `identity.json` (what the data were).
+`checkpoints/step000010/unet/…` (adapters as a LoRA file beside `unet`), `run.json` (finished runs only) and
+`identity.json` (what the data were).
 Every file is whole or absent, so a kill at any moment leaves the last good state.
 """
 
@@ -14,10 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from invdpo.errors import InvdpoError
 from invdpo.files import mirror, remove, replace_when_done, write_json
 from invdpo.inversion.cache import Savings
+from invdpo.training import lora
 
 if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -27,7 +30,8 @@ if TYPE_CHECKING:
 class Progress:
     """Counters of a run. `loss_scale` is fp16's; `good_steps` counts steps since it last changed.
 
-    `unet_evals` and `seconds` are what the method costs by itself; `savings` is what the trajectory cache took off.
+    `unet_evals` and `seconds` are what the method costs by itself, the evaluations of all processes; `savings` is what
+    the trajectory cache took off.
     """
 
     step: int = 0
@@ -43,13 +47,18 @@ class Progress:
 def save_state(folder: Path, policy: torch.nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
     """Write weights, optimizer and counters as one file, and the log up to here beside it."""
     content = {
-        "policy": policy.state_dict(),
+        "policy": trained(policy),
         "optimizer": optimizer.state_dict(),
         "progress": asdict(progress),
     }
     with replace_when_done(folder / "state.pt") as temporary, open(temporary, "wb") as stream:
         torch.save(content, stream)
     write_rows(folder / "train.jsonl", progress.rows)
+
+
+def trained(policy: torch.nn.Module) -> dict[str, Tensor]:
+    """The weights that training changes, by name."""
+    return {name: value.detach() for name, value in policy.named_parameters() if value.requires_grad}
 
 
 def load_state(folder: Path, policy: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
@@ -63,7 +72,8 @@ def load_state(folder: Path, policy: torch.nn.Module, optimizer: torch.optim.Opt
     device = next(policy.parameters()).device
     try:
         content = torch.load(path, map_location=device, weights_only=True)
-        policy.load_state_dict(content["policy"])
+        for name, value in trained(policy).items():
+            value.copy_(content["policy"][name])
         optimizer.load_state_dict(content["optimizer"])
     except (OSError, RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
@@ -83,10 +93,14 @@ def checkpoint_folder(step: int) -> Path:
     return Path("checkpoints") / f"step{step:06d}"
 
 
-def save_checkpoint(folder: Path, policy: UNet2DConditionModel, step: int) -> None:
-    """Keep the policy's weights of a step as a diffusers folder."""
+def save_checkpoint(
+    folder: Path, policy: UNet2DConditionModel, step: int, adapted: UNet2DConditionModel | None = None
+) -> None:
+    """Keep the policy's weights of a step as a diffusers folder; beside it, the adapters of `adapted`."""
     with replace_when_done(folder / checkpoint_folder(step)) as temporary:
         policy.save_pretrained(temporary / "unet")
+        if adapted is not None:
+            lora.save(adapted, temporary)
 
 
 def finish(folder: Path, run: dict[str, Any]) -> None:
