@@ -2,6 +2,8 @@
 #                [ARGS="-n --forcerun tables"]  any options of Snakemake
 # make tables [STUDY=shapes]              every table, figure and verdict of a published study, from its published scores
 #                [ARGS=--publish]         and put what differs in place of what was published
+# make plan [STUDY=…] [ARGS="--gpu H100 --gpus 8"]
+#                                         say what a study will cost, before anything is fetched or trained
 # make test | lint | bench                tests, checks, speed and memory
 # make mlflow | report [STUDY=…]          open the runs in MLflow, write Snakemake's own report
 # make tune [STUDY=shapes]                the same small grid of learning rate and beta for every method
@@ -15,7 +17,7 @@ export UV_COMPILE_BYTECODE := 1
 RUN := $(UV) run --frozen --no-dev
 DEV := $(UV) run --frozen
 
-.PHONY: reproduce tables test lint bench mlflow report tune user-study user-study-analysis
+.PHONY: reproduce plan tables test lint bench mlflow report tune user-study user-study-analysis
 
 reproduce: $(UV)
 	INVDPO_PLACES=later $(RUN) snakemake $(ARGS) --configfile config/$(STUDY).yaml
@@ -24,9 +26,12 @@ reproduce: $(UV)
 tables: $(UV)
 	$(RUN) invdpo rebuild $(STUDY) $(ARGS)
 
+plan: $(UV)
+	@$(RUN) invdpo plan --study config/$(STUDY).yaml $(ARGS)
+
 test: $(UV)
 	OMP_NUM_THREADS=1 $(DEV) pytest -n 2 tests/unit tests/invariant
-	$(DEV) pytest tests/workflow tests/browser
+	$(DEV) --group slurm pytest tests/workflow tests/slurm tests/browser
 
 lint: $(UV)
 	$(DEV) ruff check

@@ -11,6 +11,7 @@ from snakemake.exceptions import WorkflowError
 
 from invdpo.config import dump_study, method_path, parse_study, read_yaml, tuned_file
 from invdpo.errors import InvdpoError
+from invdpo.lease import devices
 from invdpo.places import places
 from invdpo.provenance import code_hash, lock_hash
 
@@ -27,8 +28,12 @@ GRID = tuned_file(study.study).with_suffix(".csv")  # what every method reached 
 TRAINED = [name for name in study.arms if study.arm(name).trains]
 UNTRAINED = [name for name in study.arms if not study.arm(name).trains]
 
-# Without --resources gpu=N Snakemake gates nothing; the default profile sets that limit.
-CUDA = study.device.startswith("cuda") or (study.device == "auto" and any(Path(os.sep, "dev").glob("nvidia[0-9]*")))
+# GPUs that jobs may use at a time, without which Snakemake would start every GPU job at once: what --resources gpu=N or
+# a cluster's profile says, whose login node's own devices mean nothing, and else this machine's.
+if "gpu" not in workflow.global_resources:
+    workflow.register_resource("gpu", len(devices()))
+GPUS = workflow.global_resources["gpu"].value
+CUDA = study.device.startswith("cuda") or (study.device == "auto" and GPUS > 0)
 GPU = 1 if CUDA else 0
 # On a CPU, independent runs of one thread each use the cores better than one run of many threads.
 STAGE_THREADS = 4 if CUDA else 1

@@ -40,5 +40,7 @@ use rule train as train_nothing with:
     wildcard_constraints:
         arm="|".join(map(re.escape, UNTRAINED)),
     priority: 0
+    resources:
+        gpu=0,
     message:
         "noting {wildcards.arm}, which is not trained"

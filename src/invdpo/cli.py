@@ -99,15 +99,18 @@ def _log_to(log_file: Path | None) -> None:
     log.propagate = False
 
 
-def _device(study: StudyConfig) -> torch.device:
-    """The study's device, with the assets checked first and torch's threads set."""
+def _device(study: StudyConfig, gpus: int = 1) -> torch.device:
+    """The study's device, with the assets checked first, `gpus` GPUs leased and torch's threads set."""
     import torch
 
     from invdpo.device import resolve_device
+    from invdpo.lease import lease
     from invdpo.provenance import verify_checksums
 
     if study.checksums is not None:
         verify_checksums(study.checksums)
+    # What torchrun or `accelerate launch` started takes the GPU that it will train on; our own processes share ours.
+    lease(f"cuda:{os.environ['LOCAL_RANK']}" if _rank() is not None and study.device != "cpu" else study.device, gpus)
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     return resolve_device(study.device)
 
@@ -162,8 +165,8 @@ def train(
     seeds = _seeds(config, seed)
     settings = config.arm(arm)
     _tuned(config, [arm])
-    device = _device(config)
     processes = settings.training.processes if settings.trains else 1
+    device = _device(config, gpus=processes if settings.trains else 0)
     if processes > 1 and _rank() is None:
         from invdpo.training.ranks import check_devices, launch
 
@@ -242,8 +245,10 @@ def score(
     import torch
 
     from invdpo.device import resolve_device
+    from invdpo.lease import lease
     from invdpo.score import score as run
 
+    lease(device)
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     rows = run(
         images,
@@ -351,6 +356,27 @@ def _named_number(text: str) -> tuple[str, float]:
     if not name or not value > 0:
         raise InvdpoError(f"--scale {text}: expected NAME=NUMBER with a positive number, as in pickscore=100.")
     return name, value
+
+
+@app.command()
+def plan(
+    study: StudyOption,
+    throughput: Annotated[
+        str | None,
+        typer.Option(help="UNet evaluations a second of one device: a number, or a run.json of a finished run."),
+    ] = None,
+    gpu: Annotated[str | None, typer.Option(help="A GPU of config/sizes.yaml. Default: this machine's.")] = None,
+    gpu_memory: Annotated[float | None, typer.Option(min=1, help="GB of one GPU.")] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="How many GPUs.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of tables.")] = False,
+) -> None:
+    """Say what a study will cost, before anything is fetched or trained: jobs, downloads, hours, disk, memory."""
+    config = _start(study, 1)
+    from invdpo.plan import plan as run
+    from invdpo.plan import read_throughput, to_json, to_text
+
+    found = run(config, read_throughput(throughput) if throughput else None, gpu, gpu_memory, gpus)
+    typer.echo(to_json(found) if as_json else to_text(found))
 
 
 @app.command()
@@ -606,7 +632,7 @@ def results(study: StudyOption) -> None:
 def check(study: StudyOption) -> None:
     """Check a study's files before anything long runs, and say what it holds."""
     config = _start(study)
-    device = _device(config)
+    device = _device(config, gpus=0)  # only named: a check does not wait for a GPU
     from invdpo.backbones.pipeline import load_schedule
     from invdpo.preferences.shards import check_columns, list_shards
     from invdpo.prompts import read_prompts

@@ -3,19 +3,17 @@
 import ast
 import itertools
 import json
-import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from workflow_fixture import ROOT, SNAKEMAKE, copy_tree, environment
 
 from invdpo.config import MEASURED, load_study
+from invdpo.plan import count_jobs
 
-ROOT = Path(__file__).resolve().parents[2]
-SNAKEMAKE = [str(Path(sys.executable).parent / "snakemake")]
 STUDIES = sorted(
     path.stem for path in (ROOT / "config").glob("*.yaml") if re.search("^study:", path.read_text(), re.MULTILINE)
 )
@@ -24,17 +22,12 @@ STUDIES = sorted(
 NEUTRAL = {"__init__", "evidence/__init__", "cli", "config", "errors", "files", "places", "provenance", "types"}
 
 
-def environment(folder: Path) -> dict[str, str]:
-    """The package is the one of that copy of the tree, not the installed one."""
-    return os.environ | {"PYTHONPATH": str(folder / "src")}
-
-
-def snakemake(folder: Path, *arguments: str, check: bool = True) -> str:
+def snakemake(folder: Path, *arguments: str, check: bool = True, variables: dict[str, str] | None = None) -> str:
     """What snakemake printed (stdout and stderr together) when called in that folder."""
     done = subprocess.run(
         [*SNAKEMAKE, *arguments],
         cwd=folder,
-        env=environment(folder),
+        env=environment(folder) | (variables or {}),
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -48,16 +41,6 @@ def jobs(output: str) -> dict[str, int]:
     """Rule -> number of jobs, from the table that Snakemake prints; empty when there is nothing to do."""
     table = re.search(r"^-+ +-+\n(.*?)^total", output, re.MULTILINE | re.DOTALL)
     return {name: int(count) for name, count in re.findall(r"^(\w+) +(\d+)$", table[1], re.MULTILINE)} if table else {}
-
-
-def copy_tree(folder: Path) -> Path:
-    """A working copy of the repository without results: code and configuration copied, assets linked."""
-    folder.mkdir()
-    for name in ("Snakefile", "rules", "profiles", "config", "src", "user_study_app", "benchmarks", "uv.lock"):
-        source = ROOT / name
-        shutil.copytree(source, folder / name) if source.is_dir() else shutil.copy2(source, folder / name)
-    (folder / "assets").symlink_to(ROOT / "assets")
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +76,9 @@ def test_every_study_has_a_graph(study: str, tmp_path: Path) -> None:
         *(["claims"] if config.claims else []),
     }
     assert not (folder / "results").exists(), "a dry run writes nothing"
+    counted = count_jobs(config)
+    assert counted["train"] == planned["train"] + planned["train_nothing"]
+    assert sum(counted.values()) == planned.pop("total", sum(planned.values())) - 1, "all but the rule `all`"
 
 
 @pytest.mark.parametrize("study", ["shapes", "shapes_methods"])
@@ -128,6 +114,20 @@ def test_verdicts_wait_for_the_experiments_they_rest_on(tmp_path: Path) -> None:
 def test_default_study_is_shapes_and_small_enough(tmp_path: Path) -> None:
     folder = copy_tree(tmp_path / "tree")
     assert sum(jobs(snakemake(folder, "--dry-run", "results/shapes/tables/table1.csv")).values()) <= 60
+
+
+def test_gpus_limit_and_decide(tmp_path: Path) -> None:
+    """A study with `device: auto` asks for GPUs where there are any, or where a profile says that there are."""
+    folder = copy_tree(tmp_path / "tree")
+    show = "print('GPUS', GPUS, GPU, STAGE_THREADS)"
+    (folder / "rules" / "preferences.smk").write_text((folder / "rules" / "preferences.smk").read_text() + show + "\n")
+    study = ("--configfile", "config/smoke.yaml", "--dry-run")
+    expected = {("a,b", ()): "GPUS 2 1 4", ("", ()): "GPUS 0 0 1", ("", ("--resources", "gpu=3")): "GPUS 3 1 4"}
+    for (visible, arguments), words in expected.items():
+        text = snakemake(folder, *study, *arguments, variables={"CUDA_VISIBLE_DEVICES": visible})
+        assert words in text
+    text = snakemake(folder, *study, "--config", "device=cpu", variables={"CUDA_VISIBLE_DEVICES": "a,b"})
+    assert "GPUS 2 0 1" in text
 
 
 def test_rule_graph_goes_from_preferences_to_tables() -> None:
