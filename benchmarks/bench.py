@@ -19,24 +19,24 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import pandas as pd
+import scaling
 import torch
 import typer
 from loops import Models, load, plain_training_step, reference_loop, sdxl_shaped
 from measure import Work, compared, flops, interleaved, matmul_peak, peak_growth, write_report
+from scaling import random_stepper
 
 from invdpo import objectives
 from invdpo.config import StudyConfig, parse_study
 from invdpo.device import autocast, resolve_device
 from invdpo.errors import InvdpoError
-from invdpo.preferences.cache import PreferenceCache
 from invdpo.provenance import device_name, stamp
-from invdpo.training.loop import Run, Stepper
-from invdpo.training.optim import build_optimizer
-from invdpo.training.state import Progress
+from invdpo.training.ranks import Ranks
 
 METHODS = ("inversion_dpo_code", "inversion_dpo_implied")
 REFERENCE_LOOP, ONE, SEVERAL = "reference loop", "streamed, one pair", "streamed, several pairs"
 STREAMS = (REFERENCE_LOOP, ONE, SEVERAL)
+SCALING = "Diffusion-DPO by processes, pairs"
 
 
 @dataclass(frozen=True)
@@ -100,24 +100,11 @@ def training_step(models: Models, study: StudyConfig, rounds: int, peak: float) 
     arm = study.arm("diffusion_dpo")
     n = arm.training.batch
     checkpoint(models, arm.training.gradient_checkpointing)
-    win, lose, cond = models.latents(n, 1), models.latents(n, 2), models.prompts(n, 3)
-    assert cond.uncond is not None
-    still, rows = torch.zeros_like(win), torch.arange(n, device=models.device)
-    cache = PreferenceCache(win, still, lose, still, cond.embeds, cond.uncond.embeds[:1], rows, "random latents")
-    optimizer = build_optimizer(models.policy.parameters(), arm.training, arm.learning_rate)
-    ours = Stepper(
-        Run(study, arm, 0, models.device),
-        models.policy,
-        models.reference,
-        models.reference,
-        optimizer,
-        models.schedule,
-        cache,
-        models.dtype,
-        Progress(),
-    )
+    ours = random_stepper(models, study, Ranks())
+    cache, optimizer = ours.cache, ours.optimizer
+    win, lose, embeds = cache.win_mean, cache.lose_mean, cache.embeds
     competitors: dict[str, Work] = {
-        baseline: lambda: plain_training_step(models, optimizer, win, lose, cond.embeds, arm.recipe.beta),
+        baseline: lambda: plain_training_step(models, optimizer, win, lose, embeds, arm.recipe.beta),
         name: ours.step,
     }
     times = interleaved(competitors, rounds, models.device)
@@ -186,8 +173,14 @@ def in_fresh_process(case: str, arguments: list[str]) -> int | None:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def study_of(base: str, device: str, scale: Scale) -> StudyConfig:
-    """The study whose training step is measured; none of its files is read."""
+def two_processes(base: str, device: torch.device, pairs: int, rounds: int, sdxl: bool) -> dict[str, Any] | None:
+    """Training by two processes against one, on one thread or GPU each; None where the machine has no two."""
+    places = torch.cuda.device_count() if device.type == "cuda" else len(os.sched_getaffinity(0))
+    return scaling.measure(base, device.type, pairs, rounds, sdxl) if places >= scaling.PROCESSES else None
+
+
+def study_of(base: str, device: str, scale: Scale, pairs: int) -> StudyConfig:
+    """The study whose training step of so many pairs is measured; none of its files is read."""
     study = {
         "study": "benchmark",
         "base": base,
@@ -196,7 +189,7 @@ def study_of(base: str, device: str, scale: Scale) -> StudyConfig:
         "scorers": {},
         "device": device,
         "seeds": [0],
-        "training": {"steps": 1000, "batch": scale.batch, "gradient_checkpointing": scale.checkpointing},
+        "training": {"steps": 1000, "batch": pairs, "gradient_checkpointing": scale.checkpointing},
         "sampling": {},
         "arms": {"diffusion_dpo": {"method": "diffusion_dpo"}},
     }
@@ -220,6 +213,11 @@ def markdown(report: dict[str, Any]) -> str:
         for name, values in report[part].items():
             share = f"{values['share_of_peak']:.0%}" if "share_of_peak" in values else ""
             lines.append(f"| {what} | {name} | {speed(values)} | {share} |")
+    each = "GPU" if report["device_type"] == "cuda" else "CPU thread"
+    for name, values in (report["scaling"] or {}).items():
+        lines.append(f"| {SCALING}, one {each} a process | {name} | {speed(values)} | |")
+    if report["scaling"] is None:
+        lines.append(f"| {SCALING} | not measured: needs two {each}s | | | |")
     lines += ["", "| method | N | competitor | pairs at a time | pairs/s | ratio | MiB above the models |"]
     lines += ["|---|--:|---|--:|--:|--:|--:|"]
     for method, by_steps in report["all_timesteps"].items():
@@ -234,8 +232,8 @@ def markdown(report: dict[str, Any]) -> str:
 def rows(report: dict[str, Any]) -> list[dict[str, Any]]:
     """The report as one table, a row a measurement, for the report of a study."""
     found: list[dict[str, Any]] = []
-    for what, part in (("forward pass", "forward_pass"), ("Diffusion-DPO step", "training_step")):
-        found += [{"what": what, "competitor": name} | values for name, values in report[part].items()]
+    for what, part in (("forward pass", "forward_pass"), ("Diffusion-DPO step", "training_step"), (SCALING, "scaling")):
+        found += [{"what": what, "competitor": name} | values for name, values in (report[part] or {}).items()]
     for method, by_steps in report["all_timesteps"].items():
         for steps, competitors in by_steps.items():
             found += [{"what": method, "N": steps, "competitor": name} | row for name, row in competitors.items()]
@@ -292,11 +290,13 @@ def main(
 
     models = sdxl_shaped(place) if sdxl else load(base, place)
     scale, attainable = scale_of(models), matmul_peak(place, models.dtype)
-    study = study_of(base, device, scale)
+    study = study_of(base, device, scale, scale.batch)
     tell("speed: forward pass")
     forward = forward_pass(models, rounds, attainable)
     tell("speed: training step")
     training = training_step(models, study, rounds, attainable)
+    tell("speed: two processes")
+    together = two_processes(base, place, scale.batch, rounds, sdxl)
     found: dict[str, dict[int, Any]] = {method: {} for method in METHODS}
     for method, number in cases:
         tell("speed:", method, f"N = {number}")
@@ -313,6 +313,8 @@ def main(
         "matmul_peak_flops": attainable,
         "forward_pass": forward,
         "training_step": training,
+        "device_type": place.type,
+        "scaling": together,
         "all_timesteps": found,
     }
     columns = ["what", "N", "competitor", "pairs", "per_second", "ratio", "ratio_low", "ratio_high", "share_of_peak"]

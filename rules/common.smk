@@ -28,6 +28,12 @@ GRID = tuned_file(study.study).with_suffix(".csv")  # what every method reached 
 TRAINED = [name for name in study.arms if study.arm(name).trains]
 UNTRAINED = [name for name in study.arms if not study.arm(name).trains]
 
+
+def one_of(arms):
+    """The constraint of a wildcard to those arms; to nothing where there is none, which "" would not be."""
+    return "|".join(map(re.escape, arms)) or "(?!)"
+
+
 # GPUs that jobs may use at a time, without which Snakemake would start every GPU job at once: what --resources gpu=N or
 # a cluster's profile says, whose login node's own devices mean nothing, and else this machine's.
 if "gpu" not in workflow.global_resources:
@@ -183,8 +189,20 @@ def experiment_key(name):
 
 def runs_of(name, part):
     """That file of the runs that an experiment reads."""
-    arms = study.experiments.trained_arms(name)
+    arms = [arm for arm in study.experiments.trained_arms(name) if arm in TRAINED]
     return expand("<results>/runs/{arm}/seed{seed}/{part}", arm=arms, seed=study.seeds, part=part)
+
+
+def own_base(arm):
+    """Local files of the base model that an arm is sampled from, and of weights that take its place."""
+    seen = study.with_base_of(arm)
+    return local(seen.base, seen.vae, study.arms[arm].weights)
+
+
+def evaluation_key(wildcards):
+    """What decides the scores of an arm that does not train beside its input files."""
+    entry = study.arms[wildcards.arm]
+    return digest(EVALUATION_KEY, arm_key(wildcards)) if entry.base or entry.weights else EVALUATION_KEY
 
 
 def arm_key(wildcards):
@@ -264,6 +282,7 @@ MEASURED = {
     "precision": ("Precision of the surrogates", {"precision": "Precision of the surrogates"}),
     "audit": ("Gradient audit", {"audit": "Gradient audit"}),
     "preference_accuracy": ("Preference accuracy of the scores", {}),
+    "weight_distances": ("Distance of the weights", {"weight_distances": "Distance of the weights"}),
 }
 STUDIED = {name: shows for name, shows in MEASURED.items() if name in study.experiments.measured}
 

@@ -15,7 +15,7 @@ rule evaluate:
     benchmark:
         "<benchmarks>/evaluate/{arm}.jsonl"
     wildcard_constraints:
-        arm="|".join(map(re.escape, TRAINED)),
+        arm=one_of(TRAINED),
     threads: STAGE_THREADS
     resources:
         gpu=GPU,
@@ -33,14 +33,19 @@ rule evaluate:
 use rule evaluate as evaluate_base with:
     input:
         runs=rules.train_nothing.output,
-        base=rules.evaluate.input.base,
+        base=lambda wildcards: own_base(wildcards.arm),
         prompts=rules.evaluate.input.prompts,
         scorers=rules.evaluate.input.scorers,
     output:
         images="<results>/images/{arm}/seed0.parquet",
         scores="<results>/scores/{arm}/seed0.parquet",
     wildcard_constraints:
-        arm="|".join(map(re.escape, UNTRAINED)),
+        arm=one_of(UNTRAINED),
+    params:
+        study=STUDY,
+        key=evaluation_key,
+        code=CODE["evaluate"],
+        lock=LOCK,
 
 
 # One job for all arms: what takes its time is to start, and the reference set.

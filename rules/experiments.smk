@@ -126,6 +126,32 @@ if "preference_accuracy" in STUDIED:
             "invdpo experiment preference_accuracy --study {params.study} --threads {threads} --log {log}"
 
 
+if "weight_distances" in STUDIED:
+    COMPARED_ARMS = study.experiments.weight_distances.arms
+
+    rule weight_distances:
+        input:
+            base=sorted({file for arm in COMPARED_ARMS for file in own_base(arm)}),
+            runs=runs_of("weight_distances", ["run.json", "checkpoints"]),
+        output:
+            tensors="<results>/experiments/weight_distances/tensors.parquet",
+            summary="<results>/experiments/weight_distances/summary.csv",
+            provenance="<results>/experiments/weight_distances/provenance.json",
+        log:
+            "<logs>/experiments/weight_distances.log",
+        benchmark:
+            "<benchmarks>/experiments/weight_distances.jsonl"
+        params:
+            study=STUDY,
+            key=experiment_key("weight_distances"),
+            code=CODE["experiments"],
+            lock=LOCK,
+        message:
+            "how far training moved the weights"
+        shell:
+            "invdpo experiment weight_distances --study {params.study} --log {log}"
+
+
 if STUDIED:
 
     rule present:

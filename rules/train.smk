@@ -17,7 +17,7 @@ rule train:
     benchmark:
         "<benchmarks>/train/{arm}.jsonl"
     wildcard_constraints:
-        arm="|".join(map(re.escape, TRAINED)),
+        arm=one_of(TRAINED),
     priority: arm_cost
     threads: train_threads
     resources:
@@ -34,11 +34,13 @@ rule train:
 
 
 use rule train as train_nothing with:
+    input:
+        [],
     output:
         run=expand("<results>/runs/{{arm}}/seed{seed}/run.json", seed=study.seeds),
         curve=expand("<results>/runs/{{arm}}/seed{seed}/train.jsonl", seed=study.seeds),
     wildcard_constraints:
-        arm="|".join(map(re.escape, UNTRAINED)),
+        arm=one_of(UNTRAINED),
     priority: 0
     resources:
         gpu=0,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 import pytest
-from hub_stub import Hub, serving
+from hub_stub import Hub, point_to, serving
 from PIL import Image
 
 if TYPE_CHECKING:
@@ -228,11 +228,8 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     from huggingface_hub import HfFileSystem, constants
 
     with serving(Hub({})) as served:
-        monkeypatch.setattr(constants, "ENDPOINT", served.url)
-        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.partition("/{")
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{served.url}/{{{template[2]}")
+        point_to(served.url, monkeypatch)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         HfFileSystem.clear_instance_cache()
         yield served
     HfFileSystem.clear_instance_cache()

@@ -1,4 +1,4 @@
-"""A small hub: data sets served from memory over HTTP, with what goes wrong on real networks."""
+"""A small hub: data sets and models served from memory over HTTP, with what goes wrong on real networks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
+
+import pytest
 
 COMMIT = "a" * 40
 
@@ -29,6 +32,11 @@ class Hub:
     cut: dict[str, int] = field(default_factory=dict)
     truncated: dict[str, int] = field(default_factory=dict)
 
+    def add_folder(self, repo: str, folder: Path) -> None:
+        """Serve a folder's files as that repository."""
+        files = (path for path in folder.rglob("*") if path.is_file())
+        self.repos[repo] = {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
     def ranges(self, path: str) -> list[str | None]:
         """The range headers of the downloads of a file, in order."""
         return [wanted for method, asked, wanted in self.asked if method == "GET" and asked.endswith(path)]
@@ -36,6 +44,15 @@ class Hub:
     def sent(self) -> set[str]:
         """Files of which any content was asked for."""
         return {path.split("/resolve/")[1] for method, path, _ in self.asked if method == "GET" and "/resolve/" in path}
+
+
+def point_to(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make huggingface_hub take this address for the hub's."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
 
 
 @contextmanager
@@ -77,7 +94,8 @@ class _Handler(BaseHTTPRequestHandler):
         path = self.path.split("?")[0]
         self.served.asked.append((self.command, path, self.headers.get("Range")))
         found = re.match(
-            r"/(?:api/)?datasets/([^/]+/[^/]+)(?:/(revision|resolve|tree|paths-info)/([^/]+)/?(.*))?$", path
+            r"/(?:api/models/|(?:api/)?datasets/|(?!api/))([^/]+/[^/]+)(?:/(revision|resolve|tree|paths-info)/([^/]+)/?(.*))?$",
+            path,
         )
         if not found:
             return self._refuse(404, "")
@@ -95,7 +113,7 @@ class _Handler(BaseHTTPRequestHandler):
             wanted = json.loads(body)["paths"]
             return self._json([{"type": "file", "path": name, **_entry(files[name])} for name in wanted])
         if kind == "tree":
-            inside = [name for name in files if name.startswith(f"{rest}/")]
+            inside = [name for name in files if not rest or name.startswith(f"{rest}/")]
             return self._json([{"type": "file", "path": name, **_entry(files[name])} for name in inside])
         siblings = [{"rfilename": name, "blobId": "b" * 40, **_entry(content)} for name, content in files.items()]
         self._json({"id": repo, "sha": COMMIT, "siblings": siblings, "private": False, "tags": [], "downloads": 0})
@@ -137,6 +155,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         if code:
             self.send_header("X-Error-Code", code)
+        if code == "EntryNotFound":  # the client remembers of which commit
+            self.send_header("X-Repo-Commit", COMMIT)
         self.send_header("Content-Length", "0")
         self.end_headers()
 

@@ -136,6 +136,8 @@ def _tuned(study: StudyConfig, arms: Iterable[str]) -> None:
 def prepare(study: StudyOption, threads: ThreadsOption = None, log_file: LogOption = None) -> None:
     """Read the preference pairs and encode them once: root/preferences/."""
     config = _start(study, threads, log_file)
+    if not config.preferences:
+        raise InvdpoError(f"Study `{config.study}` has no `preferences`: nothing in it needs pairs.")
     device = _device(config)
     from invdpo.preferences.cache import prepare as run
 
@@ -298,7 +300,9 @@ def figures(study: StudyOption, log_file: LogOption = None) -> None:
 def experiment(
     name: Annotated[
         str,
-        typer.Argument(help="inversion_error, precision, audit or preference_accuracy, where the study has it."),
+        typer.Argument(
+            help="inversion_error, precision, audit, preference_accuracy or weight_distances, where the study has it."
+        ),
     ],
     study: StudyOption,
     threads: ThreadsOption = None,
@@ -637,11 +641,10 @@ def check(study: StudyOption) -> None:
     from invdpo.preferences.shards import check_columns, list_shards
     from invdpo.prompts import read_prompts
 
-    shards = list_shards(config.preferences, config.data.revision)
+    shards = list_shards(config.preferences, config.data.revision) if config.preferences else []
     local = [shard.path for shard in shards if shard.path is not None]
-    pairs = (
-        f"{check_columns(local)} rows" if local else f"{len(shards)} files ({sum(s.size for s in shards) / 1e9:.3g} GB)"
-    )
+    size = sum(shard.size for shard in shards) / 1e9
+    pairs = f"{len(shards)} files ({size:.3g} GB)" if len(shards) > len(local) else f"{check_columns(local)} rows"
     load_schedule(config.base)
     prompts = len(read_prompts(config.prompts))
     typer.echo(f"{config.study}: base {config.base}, {pairs} of preferences, {prompts} prompts, device {device}")
@@ -653,7 +656,7 @@ def check(study: StudyOption) -> None:
             f"learning rate {arm.learning_rate:g}, beta {arm.recipe.beta:g}"
             f"{' (not tuned yet)' if config.awaits_tuning(name) else ''}, {len(config.seeds)} seeds, hash {arm.hash}"
             if arm.trains
-            else "the base model as it is"
+            else f"{arm.weights or 'the base model as it is'}, base {config.with_base_of(name).base}, not trained"
         )
         typer.echo(f"  {name}: {settings}")
 

@@ -39,7 +39,10 @@ METHODS = Path("config/methods")
 TUNED = Path("config/tuned")  # where `invdpo tune` leaves its choices
 DEFAULT = "default"  # the grid of beta of every arm that has none of its own
 NO_TRAINING = "no_training"
-MEASURED = ("inversion_error", "precision", "audit", "preference_accuracy")  # the experiments on held-out pairs
+ON_PAIRS = ("inversion_error", "precision", "audit")  # the experiments on pairs that no run was trained on
+MEASURED = (*ON_PAIRS, "preference_accuracy", "weight_distances")
+# Settings of training that came when runs had been published: left as it was, one changes no hash.
+LATER = ("channels_last", "compile", "reference_offload", "lora", "micro_conditioning")
 PREPARED = {"resolution", "max_undecodable"}  # training settings that `invdpo prepare` applies, once a study
 
 
@@ -266,8 +269,27 @@ class ArmEntry(Strict):
     initial_rounding: Literal["float16", "bfloat16"] | None = Field(
         None, description="the policy starts from weights rounded to this type: noise of rounding size"
     )
+    base: Name | None = Field(None, description="one of `bases`, for an arm that does not train; null: the study's")
+    weights: str | None = Field(
+        None,
+        description="published weights in place of the base's, for an arm that does not train: folder or hub id of a "
+        "UNet, a pipeline or a LoRA, or a safetensors file; a path inside a hub repository may follow its id",
+    )
+    published: str | None = Field(
+        None, description="the method in the paper's tables whose numbers stand beside those of these `weights`"
+    )
     recipe: dict[str, Any] = Field({}, description="overrides of the recipe")
     training: dict[str, Any] = Field({}, description="overrides of the study's training settings")
+
+
+class BaseConfig(Strict):
+    """Another base model beside the study's, and how it is sampled; everything else is the study's."""
+
+    model: str = Field(description="diffusers pipeline folder or hub id, as the study's `base`")
+    vae: str | None = Field(None, description="as the study's")
+    variant: str | None = Field(None, description="as the study's")
+    resolution: PositiveInt | None = Field(None, description="pixels a side; null: training.resolution")
+    guidance_scale: float | None = Field(None, description="null: sampling.guidance_scale")
 
 
 class ArmList(Strict):
@@ -383,6 +405,29 @@ class PreferenceAccuracyConfig(Strict):
     )
 
 
+class WeightBound(Strict):
+    """How far a training recipe can have moved the weights at most."""
+
+    rms: PositiveFloat = Field(description="root mean square of the change, over all weights")
+    source: str = Field(description="where that follows from, for the table's notes")
+
+
+class WeightDistancesConfig(Strict):
+    """How far the weights of some arms lie from their base's, by layer."""
+
+    arms: list[Name] = Field(min_length=1, description="published weights, and last checkpoints of trained arms")
+    bounds: dict[Name, WeightBound] = Field(
+        {}, description="arm -> the most that its stated recipe could have moved it"
+    )
+
+    @model_validator(mode="after")
+    def _bounds_are_of_arms(self) -> WeightDistancesConfig:
+        for arm in self.bounds:
+            if arm not in self.arms:
+                raise ValueError(f"`bounds` names `{arm}`, which is not in `arms`.{nearest(arm, self.arms)}")
+        return self
+
+
 class OverOptimisationConfig(Strict):
     """Whether gains on the score of the training votes are gains at all."""
 
@@ -425,6 +470,7 @@ class ExperimentsConfig(Strict):
     precision: PrecisionConfig | None = None
     audit: AuditConfig | None = None
     preference_accuracy: PreferenceAccuracyConfig | None = None
+    weight_distances: WeightDistancesConfig | None = None
 
     @property
     def measured(self) -> list[str]:
@@ -432,17 +478,18 @@ class ExperimentsConfig(Strict):
         return [name for name in MEASURED if getattr(self, name) is not None]
 
     def trained_arms(self, experiment: str) -> list[str]:
-        """The arms whose runs an experiment reads."""
+        """The arms whose runs an experiment reads, where they train."""
         arms = {
             "precision": self.precision.arms if self.precision else [],
             "audit": self.audit.policies if self.audit else [],
+            "weight_distances": self.weight_distances.arms if self.weight_distances else [],
         }
         return arms.get(experiment, [])
 
     def named_arms(self) -> dict[str, str]:
         """Place in the YAML -> arm named there."""
         places = {}
-        for field in ("comparison", "q_vs_p", "grids", "distribution", "precision", "audit"):
+        for field in ("comparison", "q_vs_p", "grids", "distribution", "precision", "audit", "weight_distances"):
             entry = getattr(self, field)
             for number, arm in enumerate(entry.arms if entry else []):
                 places[f"experiments.{field}.arms[{number}]"] = arm
@@ -502,16 +549,19 @@ class StudyConfig(Strict):
     base: str = Field(description="diffusers pipeline folder of the SD1.5 or SDXL family, or hub id")
     vae: str | None = Field(None, description="folder or hub id of an image codec; null: the base's own")
     variant: str | None = Field(None, description="which of the base's weight files, as fp16; null: the plain ones")
+    bases: dict[Name, BaseConfig] = Field({}, description="further base models, for arms that do not train")
     preferences: str = Field(
-        description="Pick-a-Pic v2 parquet file, folder of them, or hub dataset id, with `:split` where it is not train"
+        "",
+        description="Pick-a-Pic v2 parquet file, folder of them, or hub dataset id, with `:split` where it is not "
+        "train; not needed where no arm trains",
     )
-    prompts: str = Field(description="txt, csv, tsv or jsonl file")
+    prompts: str = Field(description="txt, csv, tsv, json, jsonl or parquet file, or a published set by its name")
     scorers: ScorersConfig
     checksums: str | None = Field(None, description="sha256sum listing, paths relative to its folder")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
-    training: TrainingConfig
+    training: TrainingConfig = TrainingConfig.model_validate({})
     data: DataConfig = DataConfig.model_validate({})
     trajectory_cache_gb: PositiveFloat | None = Field(
         None, description="gigabytes for inversions by the reference, which arms share; null: none are kept"
@@ -609,8 +659,32 @@ class StudyConfig(Strict):
             initial_rounding=entry.initial_rounding,
             training=training,
             recipe_overrides=entry.recipe,
-            identity=self._identity,
+            weights=entry.weights,
+            identity=self._identity | self._own_weights(entry),
         )
+
+    def with_base_of(self, arm: str) -> StudyConfig:
+        """The study as an arm sees it that names another base: that model, and how it is sampled."""
+        name = self.arms[arm].base
+        if name is None:
+            return self
+        own = self.bases[name]
+        training = {} if own.resolution is None else {"resolution": own.resolution}
+        sampling = {} if own.guidance_scale is None else {"guidance_scale": own.guidance_scale}
+        return self.model_copy(
+            update={
+                "base": own.model,
+                "vae": own.vae,
+                "variant": own.variant,
+                "training": self.training.model_copy(update=training),
+                "sampling": self.sampling.model_copy(update=sampling),
+            }
+        )
+
+    def _own_weights(self, entry: ArmEntry) -> dict[str, Any]:
+        """What an arm that names a base or weights is known by, beside the study's identity."""
+        own = {"weights": entry.weights} if entry.weights is not None else {}
+        return own if entry.base is None else own | {"base": self.bases[entry.base].model_dump()}
 
     @cached_property
     def _identity(self) -> dict[str, Any]:
@@ -641,11 +715,12 @@ class ArmConfig(Strict):
     initial_rounding: Literal["float16", "bfloat16"] | None
     training: TrainingConfig
     recipe_overrides: dict[str, Any]
+    weights: str | None
     identity: dict[str, Any]
 
     @property
     def trains(self) -> bool:
-        """False for the untouched base model."""
+        """False for the untouched base model and for published weights."""
         return self.method != NO_TRAINING
 
     @cached_property
@@ -671,12 +746,16 @@ class ArmConfig(Strict):
     @cached_property
     def hash(self) -> str:
         """16 hex digits of everything that decides the weights of this arm's runs, the seed apart."""
+        # A run can go on with another number of processes.
+        training = self.training.model_dump(exclude={"processes"})
+        for name in LATER:
+            if training[name] == TrainingConfig.model_fields[name].default:
+                del training[name]
         content = {
             "method": self.method,
             "labels": self.labels,
             "initial_rounding": self.initial_rounding,
-            # A run can go on with another number of processes.
-            "training": self.training.model_dump(exclude={"processes"}),
+            "training": training,
             "recipe": read_yaml(method_path(self.method)) if self.trains else None,
             "recipe_overrides": self.recipe_overrides,
             "identity": self.identity,
@@ -723,6 +802,7 @@ def parse_study(data: Any, where: str) -> StudyConfig:
             )
     if study.tuning is not None:
         _check_tuning(study, study.tuning, where)
+    _check_bases(study, where)
     _check_measured(study, where)
     for name, entry in study.arms.items():
         study.arm(name)
@@ -732,6 +812,28 @@ def parse_study(data: Any, where: str) -> StudyConfig:
             except InvdpoError as error:
                 raise InvdpoError(f"{where}: `arms.{name}.method`: {error}") from error
     return study
+
+
+def _check_bases(study: StudyConfig, where: str) -> None:
+    """Other bases and published weights are for arms that do not train; whatever trains needs pairs."""
+    for name, entry in study.arms.items():
+        if entry.base is not None and entry.base not in study.bases:
+            known = nearest(entry.base, study.bases) if study.bases else " The study has no `bases`."
+            raise InvdpoError(f"{where}: `arms.{name}.base` names `{entry.base}`, which is not in `bases`.{known}")
+        for key in ("base", "weights"):
+            if getattr(entry, key) is not None and entry.method != NO_TRAINING:
+                raise InvdpoError(
+                    f"{where}: `arms.{name}.{key}` is for arms with `method: {NO_TRAINING}`. All arms that train start "
+                    "from the study's `base`; train from another in a study of its own."
+                )
+        if entry.published is not None and entry.weights is None:
+            raise InvdpoError(
+                f"{where}: `arms.{name}.published` is for arms with `weights`; other arms are found by their method."
+            )
+    trained = [name for name, entry in study.arms.items() if entry.method != NO_TRAINING]
+    needing = [*trained[:1], *(name for name in study.experiments.measured if name in ON_PAIRS)]
+    if needing and not study.preferences:
+        raise InvdpoError(f"{where}: `preferences` is missing, and `{needing[0]}` needs pairs. Set it.")
 
 
 def _check_tuning(study: StudyConfig, tuning: TuningConfig, where: str) -> None:
@@ -783,6 +885,9 @@ def _check_measured(study: StudyConfig, where: str) -> None:
             f"{where}: `experiments.audit` needs `scorers.pickscore`, whose gradient it compares with. Add it, or "
             "leave the audit out."
         )
+    for arm in experiments.weight_distances.arms if experiments.weight_distances else []:
+        if study.arm(arm).weights is None and not study.arm(arm).trains:
+            raise InvdpoError(f"{where}: `experiments.weight_distances` names `{arm}`, a base itself. Leave it out.")
     votes = experiments.preference_accuracy
     if votes is not None and votes.votes is None and experiments.held_out is None:
         raise InvdpoError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -58,6 +59,18 @@ class Spent:
 NOTHING = Spent(0, 0)
 
 
+def runs(arm: ArmConfig, seeds: Sequence[int]) -> Spent:
+    """What the runs of all seeds spend: each by its own draws where all of them are drawn, else as the first."""
+    if _draws(arm.recipe) and arm.training.steps * arm.training.batch <= PAIRS_DRAWN:
+        return sum((training(arm, seed) for seed in seeds), NOTHING)
+    return training(arm, seeds[0]).times(len(seeds))
+
+
+def _draws(recipe: Recipe) -> bool:
+    """Whether how far an inversion goes is drawn."""
+    return recipe.trajectory.kind == "inversion" and recipe.timesteps == "single"
+
+
 def training(arm: ArmConfig, seed: int) -> Spent:
     """What a run spends. The evaluations are those that its run.json will have: exact where they depend on no draw or
     the run is short, and else the mean of the run's first steps, on to its last one.
@@ -67,7 +80,7 @@ def training(arm: ArmConfig, seed: int) -> Spent:
     settings, recipe = arm.training, arm.recipe
     size = settings.pairs_a_pass(settings.processes)
     passes = settings.batch // size
-    drawn = recipe.trajectory.kind == "inversion" and recipe.timesteps == "single"
+    drawn = _draws(recipe)
     steps = min(settings.steps, max(1, PAIRS_DRAWN // settings.batch)) if drawn else 1
     counted = min(passes, max(1, PAIRS_DRAWN // size)) if drawn else 1
     spent = NOTHING

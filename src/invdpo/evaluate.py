@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from invdpo.backbones.pipeline import UNetEps, load_schedule, load_unet, load_vae
+from invdpo.backbones.released import find_weights, put_into
 from invdpo.backbones.text import empty_prompt, encode_prompts, for_sampling, load_text
 from invdpo.device import memory_for, resolve_dtype
 from invdpo.errors import InvdpoError
@@ -39,12 +40,13 @@ IMAGES = pa.schema([*HEAD, ("sha256", pa.string()), ("png", pa.binary())])
 @dataclass(frozen=True)
 class Checkpoint:
     """Weights to evaluate. folder: a folder with `unet/`, or the base pipeline's folder or hub id. variant: which of
-    its files."""
+    its files. weights: published ones that take the place of the base's, or are added to them (LoRA)."""
 
     seed: int
     step: int
     folder: str
     variant: str | None = None
+    weights: str | None = None
 
 
 def evaluate(study: StudyConfig, arm: str, seeds: Sequence[int], device: torch.device) -> list[Path]:
@@ -60,7 +62,7 @@ def evaluate(study: StudyConfig, arm: str, seeds: Sequence[int], device: torch.d
     pair. Raises InvdpoError: missing base, scorer, prompts or run, a run of another configuration, non-finite
     images, a GPU that is out of memory.
     """
-    config = study.arm(arm)
+    config, study = study.arm(arm), study.with_base_of(arm)
     prompts = read_prompts(study.prompts, study.sampling.prompts)
     runs = {seed: checkpoints_of(study, config, seed) for seed in (seeds if config.trains else [0])}
     batch = study.sampling.batch
@@ -80,7 +82,7 @@ def checkpoints_of(study: StudyConfig, arm: ArmConfig, seed: int) -> list[Checkp
     configuration's.
     """
     if not arm.trains:
-        return [Checkpoint(0, 0, study.base, study.variant)]
+        return [Checkpoint(0, 0, study.base, study.variant, arm.weights)]
     run = study.root / "runs" / arm.name / f"seed{seed}"
     again = f"run `invdpo train --study … --arm {arm.name} --seed {seed}`"
     try:
@@ -126,7 +128,12 @@ class _Studio:
 
     def unet(self, checkpoint: Checkpoint) -> Any:
         """The checkpoint's UNet, which must be one of the base's family."""
-        return load_unet(checkpoint.folder, self.device, base=self.study.base, variant=checkpoint.variant)
+        if checkpoint.weights is None:
+            return load_unet(checkpoint.folder, self.device, base=self.study.base, variant=checkpoint.variant)
+        weights = find_weights(checkpoint.weights)
+        unet = load_unet(checkpoint.folder, torch.device("cpu"), base=self.study.base, variant=checkpoint.variant)
+        released: Any = put_into(unet, weights)
+        return released.to(self.device)
 
     def model(self, arm: ArmConfig, unet: Any) -> tuple[EpsModel, float]:
         """What an arm's UNet is sampled as, and with which guidance scale: 1 where the model is guided already."""

@@ -21,9 +21,9 @@ def networks(unet: dict[str, Any], vae: dict[str, Any], resolution: int) -> dict
     """Sizes for images of resolution x resolution, by the networks' configurations as diffusers saves them.
 
     unet_parameters, vae_parameters. unet_flops, encode_flops, decode_flops: of the forward pass of one latent or image,
-    a multiplication and an addition counting two. graph_bytes: what a forward pass of one latent keeps for its backward pass, in half
-    precision; checkpointed_bytes: the same with gradient checkpointing, the largest block that is computed again
-    included; double both for fp32. latent_elements: of one latent.
+    a multiplication and an addition counting two. graph_bytes: what a forward pass of one latent keeps for its backward
+    pass, in half precision; checkpointed_bytes: the same with gradient checkpointing, the largest block that is
+    computed again included; double both for fp32. latent_elements: of one latent.
     """
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -58,8 +58,8 @@ def networks(unet: dict[str, Any], vae: dict[str, Any], resolution: int) -> dict
 
 def networks_of(folder: Path, resolution: int) -> dict[str, int]:
     """The same for a pipeline folder."""
-    configs = (read_yaml(folder / part / "config.json") for part in ("unet", "vae"))
-    return networks(*configs, resolution)
+    unet, vae = (read_yaml(folder / part / "config.json") for part in ("unet", "vae"))
+    return networks(unet, vae, resolution)
 
 
 def _inputs(unet: dict[str, Any]) -> dict[str, Any]:

@@ -130,7 +130,7 @@ def plan(
     for name in study.arms:
         arm = study.arm(name)
         seeds = study.seeds if arm.trains else [0]
-        trained = sum((cost.training(arm, seed) for seed in seeds if arm.trains), cost.NOTHING)
+        trained = cost.runs(arm, seeds) if arm.trains else cost.NOTHING
         spent[name] = (len(seeds), trained, len(seeds) * cost.drawing(arm, study.sampling, prompts))
     settings = study.experiments.inversion_error
     experiments = cost.inversion_error(settings) if settings else 0
@@ -329,7 +329,7 @@ def scorer_places(scorers: ScorersConfig) -> list[str]:
 def training_memory(arm: ArmConfig, networks: Networks, kind: str) -> float:
     """Bytes on one device while the arm trains."""
     training, recipe, parameters = arm.training, arm.recipe, networks.unet_parameters
-    mixed = kind == "gpu"  # half-precision passes over fp32 weights, as `precision: auto`
+    mixed = kind == "gpu" and arm.identity["precision"] != "fp32"  # half-precision passes over fp32 weights
     if training.lora is None:
         trained = parameters
         weights = 8 * parameters  # policy and base
@@ -346,7 +346,7 @@ def training_memory(arm: ArmConfig, networks: Networks, kind: str) -> float:
     working = latents * each * (1 if mixed else 2)
     if training.reference_offload:
         working = max(working, 4 * parameters)  # the reference comes before the graph
-    return held + working + (CUDA_CONTEXT if mixed else 0)
+    return held + working + (CUDA_CONTEXT if kind == "gpu" else 0)
 
 
 def latents_with_graph(arm: ArmConfig) -> int:

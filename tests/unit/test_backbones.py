@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import build_tiny_base, build_tiny_sdxl
+from hub_stub import Hub
 from safetensors.torch import load_file, save_file
 
 from invdpo.backbones.files import check_fits, fingerprint
@@ -23,7 +22,8 @@ from invdpo.backbones.text import empty_prompt, encode_prompts, for_sampling, lo
 from invdpo.config import StudyConfig
 from invdpo.errors import InvdpoError
 from invdpo.evaluate import evaluate
-from invdpo.preferences.cache import load_cache, prepare, time_ids
+from invdpo.preferences.cache import load_cache, prepare
+from invdpo.preferences.preprocess import cut
 from invdpo.sampling import decode, prompt_generator, sample
 from invdpo.training.data import FIXED_SIZES, draw
 from invdpo.training.loop import train
@@ -127,7 +127,7 @@ def test_sdxl_is_told_the_size_and_crop_of_every_image(tiny_study: MakeStudy, ti
     images = [Image.new("RGB", (50, 40)), Image.new("RGB", (40, 80)), Image.new("RGB", (32, 32))]
     # 40x50 shrinks to 32x40 and loses 4 columns on the left; 80x40 to 64x32, and 16 rows on the top.
     expected = [[40, 50, 0, 4, 32, 32], [80, 40, 16, 0, 32, 32], [32, 32, 0, 0, 32, 32]]
-    assert time_ids(images, 32).tolist() == expected
+    assert [cut(image, 32).time_ids() for image in images] == expected
 
     study = tiny_study(base=str(tiny_sdxl))
     prepare(study, CPU)
@@ -295,41 +295,6 @@ def test_pipelines_of_other_kinds_are_refused(tmp_path: Path, tiny_sdxl: Path) -
         load_text(refiner, CPU)
 
 
-class Hub(BaseHTTPRequestHandler):
-    """Answers as the hub does for repositories that are gated, missing, or without the file."""
-
-    errors = {"gated": (403, "GatedRepo"), "missing": (404, "RepoNotFound"), "empty": (404, "EntryNotFound")}
-
-    def do_HEAD(self) -> None:
-        status, code = self.errors[self.path.split("/")[-4] if "/resolve/" in self.path else self.path.split("/")[4]]
-        self.send_response(status)
-        self.send_header("X-Error-Code", code)
-        self.send_header("X-Repo-Commit", "0" * 40)
-        self.end_headers()
-
-    do_GET = do_HEAD
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """A hub on this machine, and an empty cache."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    address = f"http://127.0.0.1:{server.server_address[1]}"
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
-    monkeypatch.setattr(
-        "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
-        address + "/{repo_id}/resolve/{revision}/{filename}",
-    )
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    yield
-    server.shutdown()
-    server.server_close()
-
-
 @pytest.mark.parametrize(
     ("repository", "said"),
     [
@@ -338,7 +303,9 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
         ("some/empty", "has no such `model_index.json`.*a local copy also does"),
     ],
 )
-def test_what_the_hub_refuses_is_said_plainly(hub: None, repository: str, said: str) -> None:
+def test_what_the_hub_refuses_is_said_plainly(hub: Hub, repository: str, said: str) -> None:
+    hub.repos["some/empty"] = {}
+    hub.refused["some/gated"] = (403, "GatedRepo")
     with pytest.raises(InvdpoError, match=f"`base: {repository}`: .*{said}"):
         load_text(repository, CPU)
 

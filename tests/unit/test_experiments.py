@@ -332,6 +332,10 @@ def test_tables_and_figures_of_all_three(prepared: MakeStudy, monkeypatch: pytes
     assert len(list(csv.DictReader((tables / "audit.csv").open()))) == 8
     assert "Diffusion" in (tables / "precision.md").read_text() and "step 2" in (tables / "audit.md").read_text()
 
+    agreement[agreement["seed"] == 0].to_csv(study.root / "experiments/precision/agreement.csv", index=False)
+    with pytest.raises(InvdpoError, match=r"seeds \[0\] of .*the study has \[0, 1\].*invdpo experiment precision"):
+        evidence.precision_table(study)
+
 
 def test_what_a_study_may_ask_for(tiny_study: MakeStudy) -> None:
     study = tiny_study()

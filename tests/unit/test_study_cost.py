@@ -52,12 +52,12 @@ def committed_costs(name: str) -> dict[str, dict[str, dict[str, float]]]:
     return {arm: {key: run for key, run in runs.items() if key.startswith("seed")} for arm, runs in costs.items()}
 
 
-@pytest.mark.parametrize("name", ["shapes", "shapes_methods"])
-def test_evaluations_are_those_of_the_committed_runs(name: str) -> None:
+@pytest.mark.parametrize(("name", "seeds"), [("shapes", 3), ("shapes_methods", 1)])
+def test_evaluations_are_those_of_the_committed_runs(name: str, seeds: int) -> None:
     study, costs = load_study(f"config/{name}.yaml"), committed_costs(name)
     assert costs.keys() == study.arms.keys()
     for arm in map(study.arm, study.arms):
-        for seed in study.seeds if arm.trains else []:
+        for seed in study.seeds[:seeds] if arm.trains else []:
             assert cost.training(arm, seed).evaluations == costs[arm.name][f"seed{seed}"]["unet_evals"], arm.name
 
 

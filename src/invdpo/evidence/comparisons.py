@@ -14,7 +14,15 @@ from typing import Any, TypeVar
 import numpy as np
 
 from invdpo.errors import InvdpoError
-from invdpo.evidence.load import Evidence, arm_title, baseline_arm, comparison_arms, scorer_title
+from invdpo.evidence.load import (
+    Evidence,
+    arm_title,
+    baseline_arm,
+    baseline_of,
+    by_base,
+    comparison_arms,
+    scorer_title,
+)
 from invdpo.evidence.printing import Block, Table, format_interval, record_of, triple
 from invdpo.evidence.statistics import (
     ALPHA,
@@ -194,7 +202,7 @@ def marked(text: str, standing: str) -> str:
 def win_rates(evidence: Evidence) -> Table:
     """Every pair of the comparison's arms: the share of prompts and seeds in which the first scores higher."""
     arms, scorers = comparison_arms(evidence.study), evidence.scorers
-    pairs = list(combinations(arms, 2))
+    pairs = [pair for group in by_base(evidence.study, arms).values() for pair in combinations(group, 2)]
     tables = {}
     for scorer in scorers:
         for first, second in pairs:
@@ -247,7 +255,7 @@ def optimisation_verdict(trained: Interval, held_out: Iterable[Interval]) -> str
 
 def over_optimisation(evidence: Evidence) -> Table:
     """Gains on the score whose votes a method was trained on, beside those on the held-out ones, along training."""
-    settings, base = evidence.study.experiments.over_optimisation, baseline_arm(evidence.study)
+    settings = evidence.study.experiments.over_optimisation
     title = "Over-optimisation"
     if settings is None:
         return Table(title, ["The study names no `experiments.over_optimisation`."], [], ["arm", "status"], [])
@@ -257,6 +265,7 @@ def over_optimisation(evidence: Evidence) -> Table:
     columns += [column for scorer in judged for column in triple(scorer)]
     records, finals, changes = [], [], []
     for arm in comparison_arms(evidence.study):
+        base = baseline_of(evidence.study, arm)
         if arm == base:
             continue
         curves = [evidence.from_base(arm, s) if evidence.has(arm, s) else None for s in judged]
@@ -295,7 +304,9 @@ def over_optimisation(evidence: Evidence) -> Table:
         f"number. {OVER_OPTIMISED}: {scorer_title(settings.trained)} is up and a held-out score down. {CONFIRMED}: it "
         f"is up and so are all held-out ones. {PARTLY}: some of them are, none is down. {NOT_CONFIRMED}: none is up, "
         f"none down. {NO_GAIN}: it is neither up nor down. {LOSS}: it is down.",
-        *evidence.missing([*comparison_arms(evidence.study), base]),
+        *evidence.missing(
+            [arm for each in comparison_arms(evidence.study) for arm in (each, baseline_of(evidence.study, each))]
+        ),
     ]
     return Table(title, notes, records, columns, blocks)
 

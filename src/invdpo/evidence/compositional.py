@@ -14,7 +14,7 @@ from invdpo.evidence.load import (
     PAPER_NOTE,
     Evidence,
     arm_title,
-    baseline_arm,
+    baseline_of,
     comparison_arms,
     config_file,
     published,
@@ -35,7 +35,6 @@ def table2(evidence: Evidence) -> Table:
     study = evidence.study
     settings = study.experiments.distribution
     arms = list(settings.arms) if settings else comparison_arms(study)
-    base = baseline_arm(study)
     sets, lacking = _distances(study)
     columns = ["source", "arm", "base", "seeds", "prompts", "images", "reference_images", "features", "rank"]
     for metric in SET_METRICS:
@@ -46,6 +45,7 @@ def table2(evidence: Evidence) -> Table:
     columns += ["kid_subset_sd", "fid"]
     records, distances, graphs, gains = [], [], [], []
     for arm in arms:
+        base = baseline_of(study, arm)
         record: dict[str, Any] = {"source": "this study", "arm": arm}
         if evidence.has(arm):
             record |= {"seeds": len(evidence.scores[arm].seeds), "prompts": len(evidence.scores[arm].prompts)}

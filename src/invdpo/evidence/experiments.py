@@ -49,6 +49,7 @@ SOLVERS = {
 }
 STYLES = ["-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1, 1, 1))]
 MARKERS = ["o", "s", "^", "D", "v"]
+ARM_COLOURS = [BLUE, ORANGE, GREEN, PURPLE, BLACK, GREY]  # in the order of a study's arms
 NONE = "–"
 LATENTS_NOTE = "95 % intervals: bootstrap over latents (9,999 draws)."
 
@@ -316,6 +317,77 @@ def _agreement_gaps(votes: pd.DataFrame, names: list[str]) -> dict[tuple[str, fr
         by_prompt = gap.groupby(test["prompt"]).mean().dropna()
         gaps["accuracy", frozenset(pair)] = by_prompt.to_numpy(np.float64)[None]
     return gaps
+
+
+def weight_distances_table(study: StudyConfig) -> Table:
+    """How far each arm's weights lie from its base's: over the whole network, by block, and by kind of layer."""
+    settings, found = study.experiments.weight_distances, _read(study, "weight_distances", "summary.csv")
+    assert settings is not None  # the study has the experiment
+    measures = ["rms", "rounded_rms", "least_rms", "relative_l2", "rounded_relative_l2", "changed", "rounded_changed"]
+    measures += ["max", "in_fp16"]
+    columns = ["arm", "base", "weights", "grouping", "group", "seeds", "elements", "dtype", "base_dtype", "rounded_to"]
+    columns += [*(column for measure in measures for column in triple(measure)), "bound", "above_bound"]
+    narrow = bool((found["rounded_to"] != "float32").any())
+    records, totals = [], []
+    spread: dict[str, dict[str, dict[str, Interval | None]]] = {"block": {}, "kind": {}}
+    for (arm, grouping, group), rows in found.groupby(["arm", "grouping", "group"], sort=False):
+        values = {measure: _over_runs(rows[measure]) for measure in measures}
+        record = {"arm": arm, "base": study.with_base_of(arm).base, "weights": study.arms[arm].weights}
+        record |= rows.iloc[0][["grouping", "group", "elements", "dtype", "base_dtype", "rounded_to"]].to_dict()
+        record["seeds"] = len(rows)
+        for measure, value in values.items():
+            record |= record_of(measure, value)
+        if grouping == "total":
+            bound, least = settings.bounds.get(arm), values["least_rms"]
+            if bound is not None and least is not None:
+                record |= {"bound": bound.rms, "above_bound": least.low > bound.rms}
+            totals.append(_distance_cells(record, values, narrow, bool(settings.bounds)))
+        if grouping in spread:
+            spread[grouping].setdefault(arm, {})[group] = values["relative_l2"]
+        records.append(record)
+    head = ["Arm", "Stored as", "RMS of the change", *(["both rounded", "at least"] if narrow else [])]
+    head += ["Norm / base's norm", "Changed", *(["both rounded"] if narrow else []), "Largest"]
+    head += ["Recipe's bound"] if settings.bounds else []
+    blocks = [Block("Whole network", head, totals)]
+    titles = {"block": "Norm of the change over the base's, by block", "kind": "The same by kind of layer"}
+    for grouping, arms in spread.items():
+        groups = list(dict.fromkeys(found.loc[found["grouping"] == grouping, "group"]))
+        rows = [[arm_title(arm), *(_two_digits(part.get(group)) for group in groups)] for arm, part in arms.items()]
+        blocks.append(Block(titles[grouping], ["Arm", *groups], rows))
+    notes = [
+        "Weights of the UNet minus those of its base. Trained arms: last checkpoint, mean over training seeds [lowest, "
+        "highest]. Time: embeddings of the timestep and of sizes. Attention: whole transformer blocks."
+    ]
+    if narrow:
+        notes += [
+            "A file in half precision differs from a base in fp32 by rounding alone. Both rounded: after rounding both "
+            "to the narrower of their types. At least: each difference less half a spacing of the stored number, so "
+            "the least that the weights can have moved before they were stored, from this base in its own precision.",
+        ]
+    for arm, bound in settings.bounds.items():
+        notes.append(f"Bound of {arm_title(arm)}: {bound.rms:g}, {bound.source}. *: at least that far is above it.")
+    return Table("Distance of the weights from their base's", notes, records, columns, blocks)
+
+
+def _over_runs(values: pd.Series) -> Interval | None:
+    """The mean over training seeds, from the lowest to the highest."""
+    return None if values.isna().any() else _known(values.mean(), values.min(), values.max())
+
+
+def _distance_cells(
+    record: dict[str, Any], values: dict[str, Interval | None], narrow: bool, bounded: bool
+) -> list[str]:
+    texts = {name: (_small if record["seeds"] > 1 else _two_digits)(value) for name, value in values.items()}
+    moved = [texts[name] for name in ("rms", *(["rounded_rms", "least_rms"] if narrow else []), "relative_l2")]
+    counted = [values[name] for name in ("changed", *(["rounded_changed"] if narrow else []))]
+    shares = [NONE if share is None else f"{share.estimate:.1%}" for share in counted]
+    bound = f"{record['bound']:.2g}" + (" *" if record["above_bound"] else "") if "bound" in record else NONE
+    head = [arm_title(record["arm"]), f"{record['dtype']} (base {record['base_dtype']})"]
+    return [*head, *moved, *shares, texts["max"], *([bound] if bounded else [])]
+
+
+def _two_digits(interval: Interval | None) -> str:
+    return NONE if interval is None else f"{interval.estimate:.2g}"
 
 
 def _policy_title(policy: str) -> str:
@@ -600,6 +672,42 @@ def _noise_title(noise: str) -> str:
     )
 
 
+def weight_distances_figure(study: StudyConfig) -> Figure:
+    """RMS of the change by block in the order of a forward pass, and the change over the base's norm by kind."""
+    found = _read(study, "weight_distances", "summary.csv")
+    settings = study.experiments.weight_distances
+    assert settings is not None  # the study has the experiment
+    figure, axes = new_figure(9.6, 3.6, 1, 2, width_ratios=[3, 1])
+    figure.subplots_adjust(left=0.06, right=0.985, bottom=0.08, top=0.73, wspace=0.2)
+    handles = {}
+    for panel, (grouping, measure) in zip(axes[0], (("block", "rms"), ("kind", "relative_l2")), strict=True):
+        rows = found.loc[found["grouping"] == grouping]
+        groups = list(dict.fromkeys(rows["group"]))
+        for rank, arm in enumerate(settings.arms):
+            means = rows.loc[rows["arm"] == arm].groupby("group")[measure].mean()
+            # A logarithmic axis has no place for weights that did not move.
+            places = [place for place, group in enumerate(groups) if means.get(group, 0) > 0]
+            colour = ARM_COLOURS[rank % len(ARM_COLOURS)]
+            style = {"color": colour, "marker": MARKERS[rank % 5], "linestyle": STYLES[rank // len(ARM_COLOURS) % 4]}
+            heights = [means[groups[place]] for place in places]
+            (handles[arm],) = panel.plot(places, heights, markersize=4, linewidth=1.1, label=arm_title(arm), **style)
+            if grouping == "block" and arm in settings.bounds:
+                panel.axhline(settings.bounds[arm].rms, color=colour, linestyle=(0, (2, 2)), linewidth=1, zorder=1)
+                panel.annotate(
+                    f"bound of {arm_title(arm)}", (1, settings.bounds[arm].rms), ha="right", va="bottom", fontsize=6.5,
+                    xycoords=panel.get_yaxis_transform(), color=GREY,
+                )  # fmt: skip
+        panel.set_yscale("log")
+        panel.set_xticks(range(len(groups)), groups)
+        panel.set_xlim(-0.4, len(groups) - 0.6)
+        panel.tick_params(axis="x", labelsize=7)
+        _lighten(panel)
+    axes[0, 0].set_title("RMS of the change of the weights, by block", loc="left")
+    axes[0, 1].set_title("over the base's norm, by kind", loc="left")
+    _legend(figure, list(handles.values()), 2.4)
+    return figure
+
+
 # experiment -> its table, and its figures by name
 EVIDENCE = {
     "inversion_error": (
@@ -613,4 +721,5 @@ EVIDENCE = {
     "precision": (precision_table, {"precision": precision_figure}),
     "audit": (audit_table, {"audit": audit_figure}),
     "preference_accuracy": (preference_accuracy_table, {}),
+    "weight_distances": (weight_distances_table, {"weight_distances": weight_distances_figure}),
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -16,6 +16,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from invdpo.config import NO_TRAINING
 from invdpo.errors import InvdpoError
 from invdpo.scorers.composition import TASKS
 
@@ -56,6 +57,9 @@ ARMS = {
     "diffusion_kto": "Diffusion-KTO",
     "diffusion_npo": "Diffusion-NPO",
     "likelihood_dpo": "DPO on the true log-ratio",
+    "inversion_dpo": "Inversion-DPO",
+    "itercomp": "IterComp",
+    "spo": "SPO",
 }
 SUFFIXES = {
     "shuffled": "labels shuffled",
@@ -64,6 +68,7 @@ SUFFIXES = {
     "rounded": "fp16 start",
     "weak": "a tenth of the learning rate",
     "strong": "three times the learning rate",
+    "sd15": "SD1.5",
 }
 
 
@@ -382,7 +387,7 @@ class Evidence:
 
         None if the study has no base model or that scorer has not scored it.
         """
-        base = baseline_arm(self.study)
+        base = baseline_of(self.study, arm)
         if base is None or not self.has(base, scorer):
             return None
         curve, start = self.paired_curves(arm, base, scorer)
@@ -408,8 +413,26 @@ class Evidence:
 
 
 def baseline_arm(study: StudyConfig) -> str | None:
-    """The arm without training that every other arm is held against; None if the study has none."""
-    return next((name for name, arm in study.arms.items() if arm.method == "no_training"), None)
+    """The arm that is the study's base model as it is, which trained arms are held against; None if it has none."""
+    return _untouched(study, None)
+
+
+def baseline_of(study: StudyConfig, arm: str) -> str | None:
+    """The arm that is the base model of `arm` as it is; None if the study has none."""
+    return _untouched(study, study.arms[arm].base)
+
+
+def _untouched(study: StudyConfig, base: str | None) -> str | None:
+    arms = study.arms.items()
+    return next((n for n, a in arms if (a.method, a.weights, a.base) == (NO_TRAINING, None, base)), None)
+
+
+def by_base(study: StudyConfig, arms: Sequence[str]) -> dict[str | None, list[str]]:
+    """Those arms grouped by their base model (None: the study's own), in the order of their first arms."""
+    groups: dict[str | None, list[str]] = {}
+    for arm in arms:
+        groups.setdefault(study.arms[arm].base, []).append(arm)
+    return groups
 
 
 def comparison_arms(study: StudyConfig) -> list[str]:
@@ -470,8 +493,8 @@ def _check_together(study: StudyConfig, scores: Mapping[str, ArmScores]) -> None
     for scorer in sorted({name for found in scores.values() for name in found.versions}):
         versions = {arm: found.versions[scorer] for arm, found in scores.items() if scorer in found.versions}
         _the_one(versions, f"{folder}: arms scored by different versions of {scorer}")
-    sampling = study.sampling.model_dump(mode="json")
     for arm, found in scores.items():
+        sampling = study.with_base_of(arm).sampling.model_dump(mode="json")
         if found.config_hash != study.arm(arm).hash:
             raise InvdpoError(
                 f"{folder / arm}: scores of another configuration of this arm ({found.config_hash}, the study's is "

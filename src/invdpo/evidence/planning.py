@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from invdpo.errors import InvdpoError
-from invdpo.evidence.load import baseline_arm, load_evidence, scorer_title
+from invdpo.evidence.load import baseline_of, load_evidence, scorer_title
 from invdpo.evidence.statistics import (
     components,
     detectable_difference,
@@ -37,11 +37,11 @@ def spread_of_study(study: StudyConfig, arm: str, baseline: str | None = None, s
 
     Raises InvdpoError for arms or scores that the study has not, or has not measured.
     """
-    against = baseline or baseline_arm(study)
+    study.arm(arm)
+    against = baseline or baseline_of(study, arm)
     if against is None:
         raise InvdpoError(f"Study `{study.study}` has no arm without training; name one with --baseline.")
-    for name in (arm, against):
-        study.arm(name)
+    study.arm(against)
     if arm == against:
         raise InvdpoError(f"--arm and --baseline are both `{arm}`; name two arms.")
     evidence = load_evidence(study)

@@ -108,6 +108,13 @@ SECTIONS = (
         ("precision", "inversion_error"),
     ),
     Section(
+        "weights",
+        "Distance of the weights",
+        "How far training moved each network from its base, by layer. Weights that lie farther away than a recipe's "
+        "steps can reach were not made by that recipe.",
+        ("weight_distances",),
+    ),
+    Section(
         "tuning",
         "Tuning",
         "Every method had the same grid, on seeds and prompts that are never reported. A method that is best at the "
@@ -118,6 +125,7 @@ SECTIONS = (
 # table -> figures shown below it, with their text for readers who do not see them
 FIGURES = {
     "audit": {"audit": "Cosines and norms of each recipe's gradient, as in the table."},
+    "weight_distances": {"weight_distances": "Change of each arm's weights by block and kind of layer."},
     "precision": {"precision": "Agreement of each surrogate log-ratio with the true one, as in the table."},
     "inversion_error": {
         "inversion_error": "Round-trip error of each solver against UNet evaluations, as in the table.",

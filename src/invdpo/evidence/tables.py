@@ -40,6 +40,8 @@ from invdpo.evidence.load import (
     Evidence,
     arm_title,
     baseline_arm,
+    baseline_of,
+    by_base,
     comparison_arms,
     control_arms,
     load_evidence,
@@ -65,12 +67,14 @@ def _mean_text(evidence: Evidence, arm: str, scorer: str, mean: Interval | None,
 
 
 def _paper(study: StudyConfig, arm: str, table: str, scorer: str, base: str, steps: str = "") -> float | None:
-    """The paper's number for this arm's recipe, only where the labels are the true ones."""
-    if study.arms[arm].labels != "true":
+    """The paper's number for this arm's recipe, only where the labels are the true ones, or for its weights."""
+    entry = study.arms[arm]
+    if entry.labels != "true":
         return None
     for row in published():
         same = (row["table"], row["metric"], row["base"], row["inversion_steps"]) == (table, scorer, base, steps)
-        if same and Path(study.arms[arm].method).stem in row["recipes"].split(";"):
+        recipes = row["recipes"].split(";")
+        if same and (Path(entry.method).stem in recipes if entry.weights is None else row["method"] == entry.published):
             return float(row["value"])
     return None
 
@@ -96,24 +100,28 @@ def _spent(evidence: Evidence, record: dict[str, Any], columns: Iterable[str]) -
 def table1(evidence: Evidence) -> Table:
     """Methods x scores: means, differences from the base model, win rate on the primary score, and what was spent."""
     study, scorers, primary = evidence.study, evidence.scorers, evidence.primary
-    base, arms = baseline_arm(study), comparison_arms(study)
+    groups = by_base(study, comparison_arms(study)) or {None: []}
+    arms = [arm for group in groups.values() for arm in group]
     papers = [(scorer, world) for scorer in ("pickscore", "clip", "aesthetic") for world in ("sdxl", "sd15")]
-    columns = ["arm", "status", "seeds", "prompts", "optimizer_steps", "pairs_seen", "unet_evals"]
+    columns = ["arm", *(["base"] if len(groups) > 1 else []), "status", "seeds", "prompts"]
+    columns += ["optimizer_steps", "pairs_seen", "unet_evals"]
     for scorer in scorers:
         columns += [*triple(scorer), f"{scorer}_standing", *difference_columns(f"{scorer}_minus_base")]
     columns += [*triple(f"{primary}_win_rate"), f"{primary}_win_rate_p_holm"]
     columns += [f"paper_{scorer}_{world}" for scorer, world in papers]
-    place = standings(evidence, {"all": arms})
-    found, wins = _gains_and_wins(evidence, arms, base)
-    records, means, gains, sizes, other = [], [], [], [], []
+    place = standings(evidence, {str(base): group for base, group in groups.items()})
+    found, wins = _gains_and_wins(evidence, arms)
+    records, means, gains, sizes, other = [], {}, {}, {}, {}
     for arm in arms:
+        base, group = baseline_of(study, arm), study.arms[arm].base
         record: dict[str, Any] = {"arm": arm, "status": evidence.status(None, arm), **_costs(evidence, arm)}
+        record["base"] = study.with_base_of(arm).base
         if evidence.has(arm):
             record["seeds"] = len(evidence.scores[arm].seeds)
             record["prompts"] = len(evidence.scores[arm].prompts)
         mean_cells, gain_cells, size_cells = [], [], []
         for scorer in scorers:
-            mean, standing = _mean(evidence, arm, scorer), place.get(("all", arm, scorer), "")
+            mean, standing = _mean(evidence, arm, scorer), place.get((str(group), arm, scorer), "")
             gain = found.get((arm, scorer))
             record |= record_of(scorer, mean) | {f"{scorer}_standing": standing}
             record |= difference_record(f"{scorer}_minus_base", gain)
@@ -127,44 +135,57 @@ def table1(evidence: Evidence) -> Table:
             record[f"paper_{scorer}_{world}"] = _paper(study, arm, "1", scorer, world)
         records.append(record)
         name = arm_title(arm)
-        means.append([name, *mean_cells])
+        means.setdefault(group, []).append([name, *mean_cells])
         rate = "–" if arm == base else evidence.absent(primary, arm, base)
         if won is not None:
             rate = format_interval(won.interval) + (" *" if won.told else "")
-        gains.append([name, *gain_cells, rate])
+        gains.setdefault(group, []).append([name, *gain_cells, rate])
         if arm != base:
-            sizes.append([name, *size_cells])
+            sizes.setdefault(group, []).append([name, *size_cells])
         quoted = [
             " / ".join("–" if (v := record[f"paper_{s}_{w}"]) is None else f"{v:g}" for w in ("sdxl", "sd15"))
             for s in ("pickscore", "clip", "aesthetic")
         ]
-        other.append([name, *_spent(evidence, record, ("optimizer_steps", "pairs_seen", "unet_evals")), *quoted])
+        spent = _spent(evidence, record, ("optimizer_steps", "pairs_seen", "unet_evals"))
+        other.setdefault(group, []).append([name, *spent, *quoted])
     titles = [scorer_title(scorer) for scorer in scorers]
-    blocks = [
-        Block("Mean score", ["Method", *titles], means),
-        Block("Difference from the base model", ["Method", *titles, f"Win rate ({scorer_title(primary)})"], gains),
-        Block(
-            "Smallest true difference from the base model that one such test finds with 80 % power at 5 %, uncorrected",
+    heads = {
+        "Mean score": (["Method", *titles], means),
+        "Difference from the base model": (["Method", *titles, f"Win rate ({scorer_title(primary)})"], gains),
+        "Smallest true difference from the base model that one such test finds with 80 % power at 5 %, uncorrected": (
             ["Method", *titles],
             sizes,
         ),
-        Block(
-            "What was spent, and what the paper reports (SDXL / SD1.5)",
+        "What was spent, and what the paper reports (SDXL / SD1.5)": (
             ["Method", "Steps", "Pairs", "UNet evaluations", "paper PickScore", "paper CLIP", "paper Aesthetic"],
             other,
         ),
+    }
+    # A study with one base says so elsewhere.
+    models = dict.fromkeys(groups, "")
+    if len(groups) > 1:
+        named = {group: "" if group is None else f"{group}: " for group in groups}
+        models = {group: f" ({named[group]}{study.with_base_of(own[0]).base})" for group, own in groups.items()}
+    blocks = [
+        Block(caption + models[group], head, rows.get(group, []))
+        for caption, (head, rows) in heads.items()
+        for group in groups
     ]
-    notes = [NOTE, LEADERS_NOTE, TESTED_NOTE.format("the base model"), PAPER_NOTE, *evidence.missing([*arms, base])]
+    bases = dict.fromkeys(baseline_of(study, arm) for arm in arms)
+    notes = [NOTE, LEADERS_NOTE, TESTED_NOTE.format("the base model"), PAPER_NOTE, *evidence.missing([*arms, *bases])]
+    if len(groups) > 1:
+        notes.insert(2, "A row is compared with those of its own base model.")
     return Table("Table 1: methods and scores", notes, records, columns, blocks)
 
 
 def _gains_and_wins(
-    evidence: Evidence, arms: list[str], base: str | None
+    evidence: Evidence, arms: list[str]
 ) -> tuple[dict[tuple[str, str], Difference], dict[str, Difference]]:
     """Differences from the base model by (arm, scorer), and win rates on the primary score by arm: one family."""
     tables: dict[tuple[str, str, str], np.ndarray] = {}
     for arm in arms:
         for scorer in evidence.scorers:
+            base = baseline_of(evidence.study, arm)
             values = paired_table(evidence, arm, base, scorer) if base and arm != base else None
             if values is not None:
                 tables["gain", arm, scorer] = values

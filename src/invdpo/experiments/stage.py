@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from invdpo.backbones.pipeline import UNetEps, encode_images, load_schedule, load_unet, load_vae
+from invdpo.backbones.released import Stored, find_weights, put_into
 from invdpo.backbones.text import empty_prompt, encode_prompts, for_sampling, load_text
 from invdpo.errors import InvdpoError
 from invdpo.evaluate import checkpoints_of
@@ -36,6 +37,8 @@ from invdpo.experiments.preference_accuracy import (
     probability_difference,
     score_votes,
 )
+from invdpo.experiments.weight_distances import distances
+from invdpo.experiments.weight_distances import summary as distance_summary
 from invdpo.files import replace_when_done, write_json
 from invdpo.objectives import Recipe, load_recipe
 from invdpo.preferences.cache import PreferenceCache, images_at_once, load_cache, pick_scores
@@ -60,6 +63,7 @@ if TYPE_CHECKING:
         PrecisionConfig,
         PreferenceAccuracyConfig,
         StudyConfig,
+        WeightDistancesConfig,
     )
     from invdpo.scorers import Scorer
     from invdpo.scorers.pickscore import PickScore
@@ -111,8 +115,9 @@ def run(study: StudyConfig, name: str, device: torch.device) -> Path:
 
     inversion_error: errors.csv (a row a setting and latent), levels.csv, pictures.parquet. precision: latents.csv,
     agreement.csv. audit: gradients.csv (a row a setting and batch), summary.csv,
-    rewards.csv (a row a policy). preference_accuracy: votes.csv (a row a vote), accuracy.csv (a row a score). Raises
-    InvdpoError for an experiment that the study has not, too few held-out pairs, missing runs, and as the experiment
+    rewards.csv (a row a policy). preference_accuracy: votes.csv (a row a vote), accuracy.csv (a row a score).
+    weight_distances: tensors.parquet (a row a tensor), summary.csv (a row a block or kind of layer). Raises InvdpoError
+    for an experiment that the study has not, too few held-out pairs, missing runs, and as the experiment
     itself does.
     """
     if name not in study.experiments.measured:
@@ -458,9 +463,39 @@ def _preference_accuracy(
     return measure_votes(study, settings, device)
 
 
+def _weight_distances(
+    study: StudyConfig, settings: WeightDistancesConfig, _: torch.device, __: Counter
+) -> tuple[Files, dict[str, Any]]:
+    """Published weights, and the last checkpoint of every seed of a trained arm, each against the base of its arm."""
+    tensors, totals = [], []
+    for name in tqdm(settings.arms, unit="arm", desc="weight distances"):
+        arm, own = study.arm(name), study.with_base_of(name)
+        base = find_weights(own.base, "base", own.variant)
+        for seed in study.seeds if arm.trains else [0]:
+            folder = checkpoints_of(own, arm, seed)[-1].folder if arm.trains else None
+            rows = _from_base(own, base, find_weights(folder or str(arm.weights)))
+            run = {"arm": name, "seed": seed}
+            tensors.append(rows.assign(**run))
+            totals.append(distance_summary(rows).assign(**run))
+    files = {"tensors.parquet": tensors, "summary.csv": totals}
+    notes = {"weights": {name: study.arm(name).hash for name in settings.arms}}
+    return {name: pd.concat(parts, ignore_index=True) for name, parts in files.items()}, notes
+
+
+def _from_base(study: StudyConfig, base: Stored, weights: Stored) -> pd.DataFrame:
+    """Distances of weights, or of the base with a LoRA added to it."""
+    if not weights.lora:
+        return distances(base, weights)
+    unet = put_into(load_unet(study.base, torch.device("cpu"), variant=study.variant), weights)
+    fused = unet.state_dict()
+    held = Stored(weights.source, {}, {name: tuple(value.shape) for name, value in fused.items()})
+    return distances(base, held, fused.__getitem__)
+
+
 EXPERIMENTS = {
     "inversion_error": _inversion_error,
     "precision": _precision,
     "audit": _audit,
     "preference_accuracy": _preference_accuracy,
+    "weight_distances": _weight_distances,
 }

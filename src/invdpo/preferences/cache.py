@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 
@@ -194,6 +193,7 @@ def prepare(study: StudyConfig, device: torch.device) -> dict[str, Any]:
 
 def _encode_pairs(study: StudyConfig, plan: Plan, work: Path, device: torch.device, scorer: PickScore | None) -> Counts:
     """The plan's latents as work/latents/*.safetensors, and which pairs they are as work/pairs/*.parquet."""
+    import pandas as pd
     from tqdm import tqdm
 
     from invdpo.backbones.pipeline import encode_images, load_vae
@@ -300,6 +300,8 @@ def _finished(work: Path, counts: Counts) -> tuple[Counts, int, int]:
 
 def _encode_captions(study: StudyConfig, work: Path, device: torch.device) -> dict[str, Tensor]:
     """The pairs' captions, each once, as work/captions/*.safetensors; returns what is small (SMALL, and scores)."""
+    import pandas as pd
+
     from invdpo.backbones.text import empty_prompt, load_text
 
     storage = getattr(torch, study.data.storage)
@@ -368,6 +370,8 @@ def _publish(
     started: float,
 ) -> dict[str, Any]:
     """Bring what is finished to its place; the report comes last, so whatever it names is whole."""
+    import pandas as pd
+
     from invdpo.provenance import stamp
 
     folder, key = study.root / "preferences", keys.get("scored_key", keys["key"])

@@ -20,6 +20,7 @@ from invdpo.evidence.load import (
     Evidence,
     arm_title,
     baseline_arm,
+    baseline_of,
     comparison_arms,
     control_arms,
     load_evidence,
@@ -137,7 +138,7 @@ def _scores_metrics(evidence: Evidence, arm: str, seed: int, at: dict[int, int])
     """eval/<scorer> at every checkpoint, and at the last one the paired gain and win rate over the base."""
     if not evidence.has(arm):
         return []
-    scores, base = evidence.scores[arm], baseline_arm(evidence.study)
+    scores, base = evidence.scores[arm], baseline_of(evidence.study, arm)
     if scores.trained and seed not in scores.seeds:
         return []
     row = scores.seeds.index(seed) if scores.trained else 0
@@ -159,9 +160,9 @@ def _scores_metrics(evidence: Evidence, arm: str, seed: int, at: dict[int, int])
 
 
 def _arm_runs(evidence: Evidence, question: str, arm: str) -> Iterator[_Run]:
-    """The runs of one arm, one per training seed that has a run.json (the base model has one)."""
+    """The runs of one arm, one per training seed that has a run.json (one in all where nothing is trained)."""
     study, root = evidence.study, evidence.study.root
-    base = baseline_arm(study)
+    base = baseline_of(study, arm)
     entry = study.arms[arm]
     method = Path(entry.method).stem
     base_files = sorted((root / "scores" / base).glob("seed*.parquet")) if base else []
@@ -170,11 +171,11 @@ def _arm_runs(evidence: Evidence, question: str, arm: str) -> Iterator[_Run]:
     for seed in study.seeds:
         folder = root / "runs" / arm / f"seed{seed}"
         record = load_run(folder)
-        if record is None or (arm == base and seed != study.seeds[0]):
+        if record is None or (not study.arm(arm).trains and seed != study.seeds[0]):
             continue
         files = (folder / "run.json", folder / "train.jsonl", root / "scores" / arm / f"seed{seed}.parquet")
         key = f"{study.study}/{question}/{arm}/seed{seed}"
-        tags = {"arm": arm, "seed": str(seed), "base": study.base, "method": method, "stage": "train",
+        tags = {"arm": arm, "seed": str(seed), "base": study.with_base_of(arm).base, "method": method, "stage": "train",
                 "labels": entry.labels, "study": study.study, "title": arm_title(arm),
                 "git_commit": str(record.get("git_commit")), "config_hash": str(record.get("config_hash"))}  # fmt: skip
         digest = _digest([_file_digest(path) for path in files], base_digest, tags, params)

@@ -400,15 +400,16 @@ class Stepper:
         self.policy: EpsModel = UNetEps(policy, dtype)
         self.reference: EpsModel = UNetEps(reference, dtype)
         self.parameters: list[Tensor] = [value for value in policy.parameters() if value.requires_grad]
-        self.base_parameters: list[Tensor] = list(lora.base_weights(base))
-        self.distance = partial(distance, self.parameters, self.base_parameters)
-        if run.arm.training.lora is not None:
-            self.distance = partial(lora.distance, policy)
         if reference is policy:
             self.reference = lora.switched_off(policy, self.reference)
         if run.arm.training.reference_offload:
             self.reference = Offloaded(self.reference, reference, run.device)
             self.policy = self.reference.released_before(self.policy)
+        # After offloading, which puts the weights into other memory.
+        self.base_parameters: list[Tensor] = list(lora.base_weights(base))
+        self.distance = partial(distance, self.parameters, self.base_parameters)
+        if run.arm.training.lora is not None:
+            self.distance = partial(lora.distance, policy)
         self.inverter, self.savings = inverter, savings or Savings()
         self.optimizer, self.schedule, self.cache, self.progress = optimizer, schedule, cache, progress
         self.fp16 = dtype == torch.float16
