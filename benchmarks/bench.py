@@ -102,7 +102,7 @@ def training_step(models: Models, study: StudyConfig, rounds: int, peak: float) 
     checkpoint(models, arm.training.gradient_checkpointing)
     ours = random_stepper(models, study, Ranks())
     cache, optimizer = ours.cache, ours.optimizer
-    win, lose, embeds = cache.win_mean, cache.lose_mean, cache.embeds
+    win, lose, embeds = (rows[range(len(rows))] for rows in (cache.win_mean, cache.lose_mean, cache.embeds))
     competitors: dict[str, Work] = {
         baseline: lambda: plain_training_step(models, optimizer, win, lose, embeds, arm.recipe.beta),
         name: ours.step,

@@ -228,7 +228,7 @@ def networks_of(study: StudyConfig, known: dict[str, Any], assumptions: list[str
     names = ", ".join(name for entry in known["pipelines"].values() for name in entry["ids"])
     raise InvdpoError(
         f"`base: {study.base}` is no folder here, and its size is not known. Known are {names}; add it to {SIZES} "
-        "(same architecture: to the `ids` of one), or download it and name its folder."
+        "(same architecture: to the `ids` of one), or make or download it first."
     )
 
 
@@ -393,11 +393,11 @@ def disk(study: StudyConfig, networks: Networks, pairs: int, prompts: int, data_
 def count_jobs(study: StudyConfig) -> dict[str, int]:
     """Stage -> jobs of `make reproduce`, as the rules have them."""
     arms, experiments = len(study.arms), study.experiments
-    evidence = ["tables", "speed", "figures", "mlflow", "report", *(["claims"] if study.claims else [])]
+    evidence = ["tables", "speed", "figures", "model_cards", "mlflow", "report", *(["claims"] if study.claims else [])]
     evidence += ["present"] if experiments.measured else []
     evidence += ["user_study_bundle"] if study.user_study else []
     return {
-        "preferences": 1,
+        "preferences": int(any(study.arm(name).trains for name in study.arms)),
         "train": arms,
         "evaluate": arms,
         "experiments": len(experiments.measured) + (experiments.distribution is not None),

@@ -110,8 +110,8 @@ def test_a_study_without_experiments_has_no_rule_for_them(tmp_path: Path) -> Non
 def test_verdicts_wait_for_the_experiments_they_rest_on(tmp_path: Path) -> None:
     folder = copy_tree(tmp_path / "tree")
     planned = jobs(snakemake(folder, "results/smoke/claims.json", "--configfile", "config/smoke.yaml", "--dry-run"))
-    assert planned["precision"] == planned["audit"] == 1
-    assert {"inversion_error", "preference_accuracy"}.isdisjoint(planned)
+    assert {planned[name] for name in ("precision", "audit", "inversion_error", "distribution")} == {1}
+    assert {"preference_accuracy", "weight_distances"}.isdisjoint(planned)
 
 
 def test_default_study_is_shapes_and_small_enough(tmp_path: Path) -> None:
