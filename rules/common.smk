@@ -292,6 +292,10 @@ def shown(title, path, caption, category):
     return report(path, caption=caption, category=category, labels={"shows": title})
 
 
+# Votes of people, where there are any: an export without a vote is a line of column names.
+VOTES = Path(study.root, "user_study", "votes.csv")
+VOTED = study.user_study is not None and VOTES.is_file() and VOTES.read_bytes().count(b"\n") > 1
+
 RUNS = every_run("run.json")
 CURVES = every_run("train.jsonl")
 IMAGES = every_evaluation("images")

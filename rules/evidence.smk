@@ -77,8 +77,7 @@ rule claims:
             for file in files
         ],
         distribution=["<results>/distribution.csv"] if DISTRIBUTION else [],
-        # Made where people have voted, and never asked for by a verdict.
-        votes=local(f"{study.root}/tables/table_s4.csv"),
+        votes="<results>/tables/table_s4.csv" if VOTED else [],
         claims=local(study.claims),
     output:
         json="<results>/claims.json",

@@ -97,12 +97,12 @@ if "audit" in STUDIED:
 
 
 if "preference_accuracy" in STUDIED:
-    VOTES = study.experiments.preference_accuracy
+    JUDGEMENTS = study.experiments.preference_accuracy
 
     rule preference_accuracy:
         input:
-            votes=local(VOTES.votes or study.experiments.held_out),
-            validation=local(VOTES.validation),
+            votes=local(JUDGEMENTS.votes or study.experiments.held_out),
+            validation=local(JUDGEMENTS.validation),
             scorers=scorer_files(),
         output:
             votes="<results>/experiments/preference_accuracy/votes.csv",

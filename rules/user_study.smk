@@ -4,7 +4,7 @@ if study.user_study is not None:
     # The app is no part of the installed package.
     sys.path.append(str(workflow.basedir))
 
-    from user_study_app.settings import Places, read_settings
+    from user_study_app.settings import read_settings
 
     try:
         JUDGED = sorted({arm for group in read_settings(study).groups for arm in group.arms})
@@ -74,7 +74,3 @@ if study.user_study is not None:
             "analysing the votes on {study.study}"
         shell:
             "invdpo study analyse --study {params.study} 2>&1 | tee {log}"
-
-    # An export without a vote is a line of column names.
-    EXPORT = Places(study).votes
-    VOTED = EXPORT.is_file() and EXPORT.read_bytes().count(b"\n") > 1
