@@ -39,7 +39,7 @@ from user_study_app.storage import Storage
 from user_study_app.storage import trial as trials
 from user_study_app.storage import vote as votes
 
-RESULTS = Path("benchmarks/results")
+RESULTS = Path("results/reference/benchmarks")
 CHOICES = ("left", "right", "tie")
 HEADERS = {"X-Study": "1"}
 
@@ -322,7 +322,7 @@ def main(
     think: Annotated[float, typer.Option(help="Median seconds a rater looks at a pair.")] = 3.0,
     kills: Annotated[int, typer.Option(help="SIGKILLs of the second run.")] = 5,
     out: Annotated[
-        Path | None, typer.Option(help="JSON. Default: benchmarks/results/user-study-<n>-cores.json")
+        Path | None, typer.Option(help="JSON. Default: results/reference/benchmarks/user-study-<n>-cores.json")
     ] = None,
 ) -> None:
     """Run all three and write a JSON and a markdown table."""

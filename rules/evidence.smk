@@ -28,7 +28,7 @@ rule tables:
 # Measured by `make bench`, not by a study: shown in its report beside the costs.
 rule speed:
     input:
-        "benchmarks/results/cpu-2-threads.csv",
+        "results/reference/benchmarks/cpu-2-threads.csv",
     output:
         shown("speed and memory of the code", "<results>/tables/speed.csv", "report/speed.rst", "Tables"),
     log:

@@ -17,10 +17,11 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def copy_tree(folder: Path) -> Path:
-    """A working copy of the repository without results: code and configuration copied, assets linked."""
+    """A working copy of the repository without a study's results: code and configuration copied, assets linked."""
     folder.mkdir()
     for name in ("Snakefile", "rules", "profiles", "config", "src", "user_study_app", "benchmarks", "uv.lock"):
         source = ROOT / name
         shutil.copytree(source, folder / name) if source.is_dir() else shutil.copy2(source, folder / name)
     (folder / "assets").symlink_to(ROOT / "assets")
+    shutil.copytree(ROOT / "results" / "reference" / "benchmarks", folder / "results" / "reference" / "benchmarks")
     return folder

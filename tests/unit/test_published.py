@@ -18,7 +18,7 @@ from invdpo.evidence.statistics import paired_difference
 from invdpo.provenance import sha256_file
 
 REFERENCE = Path("results/reference/shapes")
-STUDIES = sorted(path.name for path in REFERENCE.parent.iterdir())
+STUDIES = sorted(path.parent.name for path in REFERENCE.parent.glob("*/provenance.json"))
 
 
 def test_the_readmes_verdicts_are_those_of_the_reference_run() -> None:
