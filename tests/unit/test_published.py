@@ -106,6 +106,33 @@ def test_the_readmes_loss_with_dpos_sign_is_that_of_the_reference_run() -> None:
     assert all(map(is_printed, found.groups(), (-value, -high, -low)))
 
 
+# a sentence of the README's first section -> the claim whose value it prints: id, variant, scale
+IN_A_MINUTE = {
+    r"gradient at the reference is exactly (\d+)\.": ("zero_gradient_at_the_reference", "inversion_dpo_paper", 1),
+    r"its own falls \(rank correlation (-[\d.]+)\)": ("eq16_rises_with_the_truth", "inversion_dpo_paper", 1),
+    r"the weights move ([\d.]+) % as far": ("released_learning_rate_moves_the_weights", "inversion_dpo_code", 100),
+    r"true labels are worth ([\d.]+) of utility over shuffled ones": ("labels_matter", "inversion_dpo_implied", 1),
+    r"do not beat Diffusion-DPO \((-[\d.]+) \[": ("primary_above_diffusion_dpo", "inversion_dpo_implied", 1),
+    r"a training pair costs ([\d.]+) times": ("double_inference_costs_more", "inversion_dpo_implied", 1),
+    r"\(\+([\d.]+) of utility from N = 10 to N = 40": ("more_inversion_steps_primary", "inversion_dpo_implied", 1),
+}
+
+
+def test_what_the_readme_says_in_a_minute_is_in_the_ledger() -> None:
+    rows = {(row.id, row.variant): row for row in read_verdicts(REFERENCE / "claims.json")}
+    text = readme()
+    for pattern, (claim, variant, scale) in IN_A_MINUTE.items():
+        found, value = re.search(pattern, text), rows[claim, variant].value
+        assert found is not None and value is not None, pattern
+        assert is_printed(found[1], scale * value), (pattern, value)
+    section = text.split("## In a minute")[1].split("## Verdicts")[0]
+    assert "three training seeds and 96 prompts" in section
+    faster = [row for (claim, _), row in rows.items() if claim.startswith(("twice_as_fast", "four_times_as_fast"))]
+    assert {row.verdict for row in faster if row.verdict != "not run"} == {"not supported"}, "none is faster"
+    labels = [rows[claim, "inversion_dpo_paper"] for claim in ("labels_matter", "labels_have_a_direction")]
+    assert {row.verdict for row in labels} == {"inconclusive"}, "it ends alike within the intervals"
+
+
 @pytest.mark.parametrize("study", STUDIES)
 def test_no_published_file_was_touched(study: str) -> None:
     reference = REFERENCE.parent / study
