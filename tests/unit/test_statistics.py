@@ -363,3 +363,14 @@ def test_the_interval_of_a_cost_covers_the_true_one() -> None:
         found = cost_to_target(fast, cost, slow, cost)
         covered.append(found.cost_low <= 5 <= found.cost_high and found.low <= 2 <= found.high)
     assert 0.9 <= np.mean(covered) <= 1
+
+
+def test_ties_with_a_target_are_ties_whatever_the_rounding() -> None:
+    """Scores of three values, as those of scene graphs, whose sums are equal in many resamples."""
+    rng = np.random.default_rng(0)
+    curve, other = (rng.integers(0, 3, (3, 3, 12)) / 3 for _ in range(2))
+    costs = np.array([0.0, 1.0, 2.0])
+    found = cost_to_target(curve, costs, other, costs)
+    noisy = [part * (1 + 1e-15 * rng.standard_normal(part.shape)) for part in (curve, other)]
+    again = cost_to_target(noisy[0], costs, noisy[1], costs)
+    assert 0 < found.untargeted < 1 and (found.never, found.untargeted) == (again.never, again.untargeted)
