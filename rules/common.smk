@@ -76,7 +76,7 @@ MODULES = {
     "claims": (*CLAIMS, "evidence/printing", *READING),
     "model_cards": ("evidence/model_card",),
     "report": ("evidence/report", *CLAIMS, "evidence/figures", "evidence/printing", *READING),
-    "mlflow": ("tracking", *READING),
+    "mlflow": ("tracking", "evidence/ledger", *READING),
     "tune": ("tuning", *TRAINING, *EVALUATION),
     "experiments": EXPERIMENTS,
     "present": (

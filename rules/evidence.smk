@@ -116,6 +116,15 @@ rule mlflow:
         scores=SCORES,
         runs=RUNS,
         curves=CURVES,
+        claims=rules.claims.output.json if study.claims else [],
+        tables=[*rules.tables.output.csv, *rules.tables.output.text, *rules.speed.output],
+        figures=rules.figures.output.png,
+        experiments=[
+            *expand("<results>/tables/{name}.{format}", name=STUDIED, format=["csv", "md"]),
+            *expand("<results>/figures/{name}.png", name=[name for _, drawn in STUDIED.values() for name in drawn]),
+        ],
+        # Made where people have voted, and never asked for by this view.
+        votes=local(f"{study.root}/tables/table_s4.csv"),
     output:
         # The import replaces only runs that changed, so the database of the last time is kept.
         update("<results>/mlflow.db"),

@@ -5,7 +5,14 @@ prompts.
 from __future__ import annotations
 
 import io
+import os
 import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +27,8 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
     from invdpo.config import StudyConfig
+
+os.environ.pop("MLFLOW_TRACKING_URI", None)  # training would log to the server of whoever runs the tests
 
 CAPTIONS = ["a red circle", "a blue square left of a red circle", "a green triangle", "two small circles"]
 
@@ -288,8 +297,6 @@ def tiny_study(
 @pytest.fixture(scope="session")
 def tiny_cache(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, tiny_pairs: Path) -> Path:
     """The folder `preferences/` that `invdpo prepare` makes of the tiny pairs."""
-    import os
-
     import torch
 
     from invdpo.config import parse_study
@@ -342,3 +349,50 @@ def chromium() -> Iterator[Browser]:
         browser = playwright.chromium.launch(executable_path=program, args=arguments)
         yield browser
         browser.close()
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow database without runs, to be copied: making one takes seconds."""
+    from invdpo.tracking.store import connect
+
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    connect(f"sqlite:///{path}")
+    return path
+
+
+@pytest.fixture(scope="module")
+def mlflow_server() -> Iterator[Callable[[Path], str]]:
+    """Starts MLflow's server on a database file and returns its address; one takes about 20 s to answer."""
+    running: list[subprocess.Popen[bytes]] = []
+
+    def start(path: Path) -> str:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        options = {
+            "--backend-store-uri": f"sqlite:///{path}",
+            "--artifacts-destination": str(path.parent / "uploaded"),
+            "--port": str(port),
+            "--workers": "1",
+        }
+        command = [sys.executable, "-m", "mlflow", "server", *(part for pair in options.items() for part in pair)]
+        environment = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"}
+        with (path.parent / "server.log").open("wb") as log:
+            server = subprocess.Popen(
+                command, cwd=path.parent, env=environment, stdout=log, stderr=log, start_new_session=True
+            )
+        running.append(server)
+        url, last = f"http://127.0.0.1:{port}", time.monotonic() + 240
+        while time.monotonic() < last and server.poll() is None:
+            try:
+                with urllib.request.urlopen(f"{url}/health", timeout=5):
+                    return url
+            except OSError:
+                time.sleep(0.3)
+        raise RuntimeError(f"the server did not start:\n{(path.parent / 'server.log').read_text()[-3000:]}")
+
+    yield start
+    for server in running:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(60)

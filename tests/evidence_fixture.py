@@ -123,6 +123,12 @@ def write_scores(path: Path, frame: pd.DataFrame, noted: dict | None = None) -> 
     pq.write_table(table.replace_schema_metadata({"provenance": json.dumps(provenance)}), path)
 
 
+def make_small_study() -> StudyConfig:
+    """The base, q and p alone, on three prompts, one training seed and two scores."""
+    skip = tuple(name for name in GAINS if name not in ("q_single", "p_single"))
+    return make_study(("pickscore", "hps"), seeds=1, prompts=3, skip=skip)
+
+
 def _write_images(study: StudyConfig, arm: str, seed: int, step: int, prompts: int) -> None:
     rng = np.random.default_rng(seed + len(arm))
     rows = []
@@ -143,7 +149,8 @@ def _write_run(study: StudyConfig, arm: str, seed: int, evals: int) -> None:
     run = study.root / "runs" / arm / f"seed{seed}"
     run.mkdir(parents=True, exist_ok=True)
     record = {"started": 1_750_000_000.0, "config_hash": study.arm(arm).hash, "git_commit": "abc", "git_dirty": False,
-              "lock_hash": "l", "device": "cpu", "wall_seconds": 12.5, "unet_evals": evals * STEPS}  # fmt: skip
+              "lock_hash": "l", "device": "cpu", "wall_seconds": 12.5, "unet_evals": evals * STEPS,
+              "steps": STEPS if evals else 0} | ({"data_key": 64 * "d"} if evals else {})  # fmt: skip
     (run / "run.json").write_text(json.dumps(record))
     if arm == "base":
         return

@@ -472,12 +472,18 @@ def model_cards(study: StudyOption, log_file: LogOption = None) -> None:
 
 
 @app.command()
-def mlflow(study: StudyOption, log_file: LogOption = None) -> None:
-    """Bring root/mlflow.db in line with the results."""
+def mlflow(
+    study: StudyOption,
+    tracking_uri: Annotated[
+        str | None, typer.Option(help="An MLflow server, or sqlite:///FILE. Default: root/mlflow.db.")
+    ] = None,
+    log_file: LogOption = None,
+) -> None:
+    """Bring root/mlflow.db, or another tracking store, in line with the results."""
     config = _start(study, None, log_file)
-    from invdpo.tracking import sync
+    from invdpo.tracking.mlflow_sync import sync
 
-    sync(config)
+    log.info(str(sync(config, tracking_uri)))
 
 
 @app.command()

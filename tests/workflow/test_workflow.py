@@ -20,6 +20,7 @@ STUDIES = sorted(
 # These decide no number of a stage: wording of errors, how files are written and fetched, what is noted about a run,
 # the command line. A study's settings reach each rule through its key.
 NEUTRAL = {"__init__", "evidence/__init__", "cli", "config", "errors", "files", "hub", "places", "provenance", "types"}
+NEUTRAL |= {"tracking/live", "tracking/store"}  # training sent to a server as it goes
 
 
 def snakemake(folder: Path, *arguments: str, check: bool = True, variables: dict[str, str] | None = None) -> str:
@@ -187,7 +188,7 @@ STAGES = {
     "claims": "evidence/claims",
     "model_cards": "evidence/model_card",
     "report": "evidence/report",
-    "mlflow": "tracking/__init__",
+    "mlflow": "tracking/mlflow_sync",
     "tune": "tuning",
     "experiments": "experiments/stage",
     "present": "evidence/experiments",

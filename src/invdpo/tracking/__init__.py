@@ -1,5 +1,1 @@
-"""The study's runs in MLflow: a view of the files, made again from them at any time."""
-
-from invdpo.tracking.mlflow_sync import SyncReport, sync
-
-__all__ = ["SyncReport", "sync"]
+"""The study's runs in MLflow: a view of the files, made again from them at any time, and a live one of training."""

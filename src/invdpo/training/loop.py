@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -34,6 +34,7 @@ from invdpo.preferences.labels import flips, strengths
 from invdpo.preferences.order import pair_order
 from invdpo.provenance import code_hash, lock_hash, peak_memory, stamp
 from invdpo.schedule import NoiseSchedule
+from invdpo.tracking.live import live_run
 from invdpo.training import lora, state
 from invdpo.training.data import draw
 from invdpo.training.offload import Offloaded
@@ -288,10 +289,13 @@ class Run:
             disable=not ranks.writes,
         )
         lower = remedies(self.arm, ranks)
-        with bar, stop_requests() as stop:
+        watched = live_run(self.study, self.arm.name, self.seed, progress.rows) if ranks.writes else nullcontext()
+        with bar, stop_requests() as stop, watched as show:
             while progress.step < training.steps:
                 with memory_for(f"{self.name}: step {progress.step + 1}", lower):
                     row = stepper.step()
+                if show is not None:
+                    show(row)
                 stopped = self._agree(row, stop.is_set())
                 bar.update()
                 bar.set_postfix(loss=f"{row['loss']:.4g}", refresh=False)

@@ -1,0 +1,258 @@
+"""Training that logs to an MLflow server as it goes: everything arrives, and nothing is lost where there is none."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from evidence_fixture import make_config, make_small_study
+
+from invdpo.config import StudyConfig, dump_study
+from invdpo.errors import InvdpoError
+from invdpo.tracking import live
+from invdpo.tracking.mlflow_sync import sync
+from invdpo.tracking.store import connect
+from invdpo.training import loop
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+    from mlflow.tracking import MlflowClient
+
+MakeStudy = Callable[..., StudyConfig]
+
+
+@pytest.fixture
+def client(empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
+    """The store that MLFLOW_TRACKING_URI names, without runs."""
+    uri = f"sqlite:///{shutil.copy(empty_store, tmp_path / 'live.db')}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.setattr(live, "GRACE", 120.0)  # a busy machine is slow, not wrong
+    return connect(uri)
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], list[str]]]:
+    """The messages about MLflow; the command line keeps its logger to itself."""
+    monkeypatch.setattr(logging.getLogger("invdpo"), "propagate", True)
+    with caplog.at_level(logging.DEBUG, "invdpo"):
+        yield lambda: [record.message for record in caplog.records if "MLFLOW_TRACKING_URI" in record.message]
+
+
+def runs(client: MlflowClient, study: str) -> list[Run]:
+    """The live runs, oldest first."""
+    experiment = client.get_experiment_by_name(f"{study}: live")
+    return [] if experiment is None else list(reversed(client.search_runs([experiment.experiment_id])))
+
+
+def row(step: int) -> dict[str, Any]:
+    return {"step": step, "loss": 1 / step, "grad_norm": 2.0, "logratio_lose": None}
+
+
+def steps(client: MlflowClient, run: Run, name: str = "train/loss") -> dict[int, float]:
+    return {point.step: point.value for point in client.get_metric_history(run.info.run_id, name)}
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(None, "FINISHED"), (KeyboardInterrupt, "KILLED"), (InvdpoError("nan"), "FAILED")]
+)
+def test_every_step_and_how_it_ended(client: MlflowClient, error: type | Exception | None, status: str) -> None:
+    study = make_config()
+    try:
+        with live.live_run(study, "diffusion_dpo", 1, [row(1)]) as show:
+            show(row(2))
+            show(row(3))
+            if error is not None:
+                raise error
+    except (KeyboardInterrupt, InvdpoError):
+        pass
+    (run,) = runs(client, "toy")
+    assert run.info.status == status
+    assert steps(client, run) == {1: 1.0, 2: 1 / 2, 3: 1 / 3}
+    assert set(run.data.metrics) == {"train/loss", "train/grad_norm"}
+    tags = run.data.tags
+    assert (tags["live"], tags["job_key"], tags["arm"], tags["seed"]) == (
+        "true",
+        "toy/live/diffusion_dpo/seed1",
+        "diffusion_dpo",
+        "1",
+    )
+    assert run.data.params["beta"] == "10.0"
+
+
+def test_a_run_that_was_killed_is_not_left_running(client: MlflowClient) -> None:
+    study = make_config()
+    for arm in ("q_single", "p_single"):
+        with live.live_run(study, arm, 0, []):
+            pass
+    for run in runs(client, "toy"):
+        client.update_run(run.info.run_id, status="RUNNING")
+    with live.live_run(study, "q_single", 0, []):
+        pass
+    found = [(run.data.tags["arm"], run.info.status) for run in runs(client, "toy")]
+    assert sorted(found) == [("p_single", "RUNNING"), ("q_single", "FINISHED"), ("q_single", "KILLED")]
+
+
+def test_nothing_is_logged_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    threads = threading.active_count()
+    with live.live_run(make_config(), "q_single", 0, []) as show:
+        show(row(1))
+        assert threading.active_count() == threads
+
+
+def test_a_server_that_is_away_is_warned_of_once(
+    monkeypatch: pytest.MonkeyPatch, said: Callable[[], list[str]]
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
+    monkeypatch.setattr(live, "RETRY", 0.05)
+    tried: list[float] = []
+    real = live._Sender._send
+
+    def send(self: live._Sender) -> None:
+        tried.append(time.monotonic())
+        real(self)
+
+    monkeypatch.setattr(live._Sender, "_send", send)
+    with live.live_run(make_config(), "q_single", 0, []) as show:
+        last = time.monotonic() + 60
+        while len(tried) < 3 and time.monotonic() < last:
+            show(row(1))
+            time.sleep(0.01)
+    assert len(tried) >= 3
+    assert len(said()) == 1 and "http://127.0.0.1:1" in said()[0]
+
+
+def test_a_server_that_never_answers_holds_nothing_up(
+    monkeypatch: pytest.MonkeyPatch, said: Callable[[], list[str]]
+) -> None:
+    monkeypatch.setattr(live, "GRACE", 0.2)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        with live.live_run(make_config(), "q_single", 0, []) as show:
+            sender = next(thread for thread in threading.enumerate() if thread.name == "MLflow")
+            for step in range(1, 200):
+                show(row(step))
+        assert sender.is_alive() and sender.daemon
+        assert len(said()) == 1 and "was not told in time" in said()[0]
+    sender.join(60)
+
+
+def test_a_server_that_comes_back_gets_every_step(
+    client: MlflowClient, monkeypatch: pytest.MonkeyPatch, said: Callable[[], list[str]]
+) -> None:
+    monkeypatch.setattr(live, "RETRY", 0.05)
+    real = type(client).log_batch
+    failures = [ConnectionError("away"), ConnectionError("away")]
+
+    def log_batch(self: MlflowClient, *arguments: Any, **options: Any) -> None:
+        if options.get("metrics") and failures:
+            raise failures.pop()
+        real(self, *arguments, **options)
+
+    monkeypatch.setattr(type(client), "log_batch", log_batch)
+    with live.live_run(make_config(), "q_single", 0, []) as show:
+        for step in range(1, 700):
+            show(row(step))
+        last = time.monotonic() + 60
+        while failures and time.monotonic() < last:
+            time.sleep(0.01)
+    (run,) = runs(client, "toy")
+    assert sorted(steps(client, run)) == list(range(1, 700)) and run.info.status == "FINISHED"
+    assert len(said()) == 1
+
+
+@pytest.fixture
+def prepared(tiny_study: MakeStudy, tiny_cache: Path) -> MakeStudy:
+    """As `tiny_study`, the pairs already encoded."""
+
+    def make(**changes: Any) -> StudyConfig:
+        study = tiny_study(**changes)
+        shutil.copytree(tiny_cache, study.root / "preferences", dirs_exist_ok=True)
+        return study
+
+    return make
+
+
+def test_training_is_the_same_with_and_without_it(
+    prepared: MakeStudy, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = prepared()
+    folder = study.root / "runs/dpo/seed0"
+    weights = folder / "unet/diffusion_pytorch_model.safetensors"
+    loop.train(study, "dpo", [0], torch.device("cpu"))
+    (run,) = runs(client, "tiny")
+    logged, written = steps(client, run), weights.read_bytes()
+    assert run.info.status == "FINISHED" and sorted(logged) == [1, 2, 3, 4]
+
+    shutil.rmtree(study.root / "runs")
+    shutil.rmtree(study.root / "state")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    loop.train(study, "dpo", [0], torch.device("cpu"))
+    assert weights.read_bytes() == written
+    assert len(runs(client, "tiny")) == 1
+
+
+def test_on_a_server(
+    prepared: MakeStudy,
+    mlflow_server: Callable[[Path], str],
+    empty_store: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A run that SIGTERM stops is KILLED there; a later import replaces the live runs that have finished."""
+    (tmp_path / "server").mkdir()
+    url = mlflow_server(Path(shutil.copy(empty_store, tmp_path / "server")))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", url)
+    monkeypatch.setattr(live, "GRACE", 120.0)
+    client = connect(url)
+
+    study = prepared(training={"steps": 4000, "checkpoints": [1]})
+    Path("study.json").write_text(dump_study(study))
+    command = [sys.executable, "-m", "invdpo.cli", "train", "--study", "study.json", "--arm", "dpo", "--seed", "0"]
+    source = str(Path(live.__file__).resolve().parents[2])
+    with open("stderr.txt", "w") as stderr:
+        process = subprocess.Popen([*command, "--threads", "1"], stderr=stderr, env=os.environ | {"PYTHONPATH": source})
+        while process.poll() is None and not any(run.data.metrics for run in runs(client, "tiny")):
+            time.sleep(0.2)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(120) == 130, Path("stderr.txt").read_text()
+    (run,) = runs(client, "tiny")
+    assert run.info.status == "KILLED" and len(steps(client, run)) > 1
+    assert "MLFLOW_TRACKING_URI" not in Path("stderr.txt").read_text()
+
+    toy = make_small_study()
+    (toy.root / "tables").mkdir()
+    (toy.root / "tables/table_s5.csv").write_text("a,b\n")
+    for arm in ("q_single", "p_single_n10"):  # the second has not been trained
+        with live.live_run(toy, arm, 0, []):
+            pass
+    assert len(runs(client, "toy")) == 2
+    report = sync(toy, url)
+    assert report.imported > 0 and report.deleted == 1
+    assert [run.data.tags["arm"] for run in runs(client, "toy")] == ["p_single_n10"]
+    assert len(runs(client, "tiny")) == 1
+    experiment = client.get_experiment_by_name("toy: q_vs_p")
+    assert experiment is not None
+    found = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    assert set(found) == {"base-toy-s0", "q_single-toy-s0", "p_single-toy-s0", "summary-toy"}
+    identity = found["summary-toy"].info.run_id
+    assert [part.path for part in client.list_artifacts(identity, "tables")] == ["tables/table_s5.csv"]
+
+    (toy.root / "tables/table_s5.csv").write_text("a,c\n")
+    again = sync(toy, url)
+    assert (again.imported, again.deleted) == (1, 1)
+    assert not (toy.root / "mlflow.db").exists()
