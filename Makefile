@@ -45,7 +45,7 @@ bench: $(UV)
 	$(RUN) python benchmarks/bench.py $(ARGS)
 
 mlflow: $(UV)
-	$(RUN) mlflow ui --backend-store-uri sqlite:///results/$(STUDY)/mlflow.db
+	MLFLOW_DISABLE_TELEMETRY=true $(RUN) mlflow ui --backend-store-uri sqlite:///results/$(STUDY)/mlflow.db
 
 report: $(UV)
 	$(RUN) snakemake --configfile config/$(STUDY).yaml --report results/$(STUDY)/snakemake_report.html

@@ -123,10 +123,12 @@ def write_scores(path: Path, frame: pd.DataFrame, noted: dict | None = None) -> 
     pq.write_table(table.replace_schema_metadata({"provenance": json.dumps(provenance)}), path)
 
 
-def make_small_study() -> StudyConfig:
+def make_small_study(name: str = "toy") -> StudyConfig:
     """The base, q and p alone, on three prompts, one training seed and two scores."""
-    skip = tuple(name for name in GAINS if name not in ("q_single", "p_single"))
-    return make_study(("pickscore", "hps"), seeds=1, prompts=3, skip=skip)
+    skip = tuple(arm for arm in GAINS if arm not in ("q_single", "p_single"))
+    scorers = ("pickscore", "hps")
+    study = make_config(scorers, 1).model_copy(update={"study": name})
+    return make_study(scorers, 1, 3, skip, study)
 
 
 def _write_images(study: StudyConfig, arm: str, seed: int, step: int, prompts: int) -> None:

@@ -16,7 +16,7 @@ from invdpo.evidence.publish import MADE
 from invdpo.provenance import sha256_file
 
 REFERENCE = Path("results/reference")
-STUDIES = sorted(path.name for path in REFERENCE.iterdir())
+STUDIES = sorted(path.parent.name for path in REFERENCE.glob("*/provenance.json"))
 VERSION = "https://w3id.org/ro/crate/1.1"
 
 

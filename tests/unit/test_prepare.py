@@ -133,8 +133,12 @@ def test_a_preparation_stopped_before_it_was_published_encodes_nothing_again(
     study = tiny_study(preferences=hundred, training={"max_undecodable": 0.03})
     report, whole = prepare(study, CPU), written()
     shutil.rmtree(FOLDER)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch:
-        patch.setattr(caching, "mirror", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        patch.setattr(caching, "mirror", interrupted)
         with pytest.raises(KeyboardInterrupt):
             prepare(study, CPU)
     calls = encoded(monkeypatch)

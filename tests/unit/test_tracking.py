@@ -45,23 +45,27 @@ def synced(tmp_path_factory: pytest.TempPathFactory, empty_store: Path):
     patch.undo()
 
 
+def experiment(client, name: str) -> Any:
+    return client.get_experiment_by_name(name)
+
+
 def runs_of(client, study: StudyConfig, question: str) -> dict[str, Any]:
-    experiment = client.get_experiment_by_name(f"{study.study}: {question}")
-    return {run.info.run_name: run for run in client.search_runs([experiment.experiment_id], max_results=500)}
+    identity = experiment(client, f"{study.study}: {question}").experiment_id
+    return {run.info.run_name: run for run in client.search_runs([identity], max_results=500)}
 
 
 def test_one_experiment_a_question_and_one_run_an_arm_and_seed(synced) -> None:
     study, report, client = synced
-    names = {experiment.name for experiment in client.search_experiments()} - {"Default"}
+    names = {found.name for found in client.search_experiments()} - {"Default"}
     assert names == {f"toy: {q}" for q in ("comparison", "q_vs_p", "controls", "inversion_steps")}
     assert set(runs_of(client, study, "q_vs_p")) == {
         "base-toy-s0", "q_single-toy-s0", "q_single-toy-s1", "p_single-toy-s0", "p_single-toy-s1", "summary-toy"
     }  # fmt: skip
     assert report.imported == 13 + 5 + 15 + 2 + 4
-    for experiment in client.search_experiments():
-        if experiment.name != "Default":
-            assert "?" in experiment.tags["mlflow.note.content"]
-            assert experiment.artifact_location.startswith("file:///")
+    for found in client.search_experiments():
+        if found.name != "Default":
+            assert "?" in found.tags["mlflow.note.content"]
+            assert found.artifact_location.startswith("file:///")
 
 
 def test_a_run_has_its_curves_tags_and_times(synced) -> None:
@@ -143,7 +147,7 @@ def test_claims_go_to_the_question_that_they_answer(synced) -> None:
 
 def test_notes_say_the_verdicts(synced) -> None:
     study, _, client = synced
-    note = client.get_experiment_by_name("toy: controls").tags["mlflow.note.content"]
+    note = experiment(client, "toy: controls").tags["mlflow.note.content"]
     row = next(r for r in read_verdicts(study.root / "claims.json") if r.id == "labels_have_a_direction")
     assert row.verdict == "supported" and row.low is not None
     line = next(line for line in note.splitlines() if row.question in line)
@@ -213,7 +217,7 @@ def test_new_verdicts_change_the_note_and_the_summary_alone(synced) -> None:
     path.write_text(json.dumps(content))
     report = sync(study)
     assert (report.imported, report.deleted) == (1, 1)
-    assert "inconclusive" in client.get_experiment_by_name("toy: controls").tags["mlflow.note.content"]
+    assert "inconclusive" in experiment(client, "toy: controls").tags["mlflow.note.content"]
     assert artifacts(client, before) == {}
     after = artifacts(client, runs_of(client, study, "controls")["summary-toy"])
     assert '"inconclusive"' in after["claims.json"].read_text()
@@ -231,7 +235,7 @@ def test_a_study_without_claims_or_tables_has_its_runs(
 
     client = MlflowClient(report.uri)
     assert set(runs_of(client, study, "q_vs_p")) == {"base-toy-s0", "q_single-toy-s0", "p_single-toy-s0"}
-    assert "Claims" not in client.get_experiment_by_name("toy: q_vs_p").tags["mlflow.note.content"]
+    assert "Claims" not in experiment(client, "toy: q_vs_p").tags["mlflow.note.content"]
 
     # The same folder elsewhere: its artifacts belong there too, so the database starts over.
     moved = tmp_path / "moved" / "results" / "toy"
@@ -239,7 +243,7 @@ def test_a_study_without_claims_or_tables_has_its_runs(
     monkeypatch.chdir(tmp_path / "moved")
     again = sync(study)
     assert (again.imported, again.unchanged) == (report.imported, 0)
-    place = MlflowClient(again.uri).get_experiment_by_name("toy: q_vs_p").artifact_location
+    place = experiment(MlflowClient(again.uri), "toy: q_vs_p").artifact_location
     assert place == (moved / "mlruns/toy/q_vs_p").as_uri()
 
 
@@ -248,9 +252,7 @@ def test_three_processes_fill_one_new_store_at_once(tmp_path: Path, monkeypatch:
         "import os, sys; os.chdir(sys.argv[1])\n"
         "from evidence_fixture import make_small_study\n"
         "from invdpo.tracking.mlflow_sync import sync\n"
-        "study = make_small_study().model_copy(update={'study': sys.argv[2]})\n"
-        "os.rename('results/toy', study.root)\n"
-        "assert sync(study, sys.argv[3]).imported == 6\n"
+        "assert sync(make_small_study(sys.argv[2]), sys.argv[3]).imported == 6\n"
     )
     uri = f"sqlite:///{tmp_path / 'shared.db'}"
     monkeypatch.setenv("PYTHONPATH", f"{TESTS}:{TESTS.parent / 'src'}")
@@ -267,7 +269,7 @@ def test_three_processes_fill_one_new_store_at_once(tmp_path: Path, monkeypatch:
     client = MlflowClient(uri)
     experiments = [e for e in client.search_experiments() if e.name != "Default"]
     assert len(experiments) == 12
-    runs = client.search_runs([experiment.experiment_id for experiment in experiments])
+    runs = client.search_runs([found.experiment_id for found in experiments])
     assert {run.info.status for run in runs} == {"FINISHED"} and len(runs) == 18
 
 
