@@ -81,8 +81,9 @@ def test_every_study_has_a_graph(study: str, tmp_path: Path) -> None:
     }
     assert [path.name for path in (folder / "results").iterdir()] == ["reference"], "a dry run writes nothing"
     counted = count_jobs(config)
-    assert counted["train"] == planned["train"] + planned["train_nothing"]
-    assert sum(counted.values()) == planned.pop("total", sum(planned.values())) - 1, "all but the rule `all`"
+    assert counted["train"] == planned.get("train", 0) + planned["train_nothing"]
+    made = planned.get("shapes_xl", 0)  # a base that a rule makes where it is not there yet
+    assert sum(counted.values()) == planned.pop("total", sum(planned.values())) - 1 - made, "all but the rule `all`"
 
 
 @pytest.mark.parametrize("study", ["shapes", "shapes_methods"])
