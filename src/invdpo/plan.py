@@ -393,11 +393,13 @@ def disk(study: StudyConfig, networks: Networks, pairs: int, prompts: int, data_
 def count_jobs(study: StudyConfig) -> dict[str, int]:
     """Stage -> jobs of `make reproduce`, as the rules have them."""
     arms, experiments = len(study.arms), study.experiments
-    evidence = ["tables", "speed", "figures", "model_cards", "mlflow", "report", *(["claims"] if study.claims else [])]
+    trains = any(study.arm(name).trains for name in study.arms)
+    evidence = ["tables", "speed", "figures", "mlflow", "report"]
+    evidence += [*(["claims"] if study.claims else []), *(["model_cards"] if trains else [])]
     evidence += ["present"] if experiments.measured else []
     evidence += ["user_study_bundle"] if study.user_study else []
     return {
-        "preferences": int(any(study.arm(name).trains for name in study.arms)),
+        "preferences": int(trains),
         "train": arms,
         "evaluate": arms,
         "experiments": len(experiments.measured) + (experiments.distribution is not None),
