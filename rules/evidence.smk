@@ -123,8 +123,7 @@ rule mlflow:
             *expand("<results>/tables/{name}.{format}", name=STUDIED, format=["csv", "md"]),
             *expand("<results>/figures/{name}.png", name=[name for _, drawn in STUDIED.values() for name in drawn]),
         ],
-        # Made where people have voted, and never asked for by this view.
-        votes=local(f"{study.root}/tables/table_s4.csv"),
+        votes="<results>/tables/table_s4.csv" if VOTED else [],
     output:
         # The import replaces only runs that changed, so the database of the last time is kept.
         update("<results>/mlflow.db"),

@@ -271,11 +271,11 @@ def test_votes_are_analysed_where_there_are_any(copies: tuple[Path, Path]) -> No
         [*app, "simulate", *study, *rates, "--out", str(votes)], cwd=folder, env=environment(folder), check=True
     )
     output = snakemake(folder, "--configfile", "config/smoke.yaml")
-    assert jobs(output) == {"user_study_analysis": 1, "claims": 1, "report": 1, "all": 1}
+    assert jobs(output) == {"user_study_analysis": 1, "claims": 1, "mlflow": 1, "report": 1, "all": 1}
     assert "66.53 %" in (folder / "results" / "smoke" / "tables" / "table_s4.md").read_text()
     votes.write_text(votes.read_text().splitlines()[0] + "\n")
     output = snakemake(folder, "--configfile", "config/smoke.yaml")
-    assert jobs(output) == {"claims": 1, "report": 1, "all": 1}, "an export without a vote is not analysed"
+    assert jobs(output) == {"claims": 1, "mlflow": 1, "report": 1, "all": 1}, "an export without a vote is not analysed"
     votes.unlink()
 
 
@@ -294,13 +294,34 @@ def test_edits_rerun_what_they_touch_and_no_more(copies: tuple[Path, Path]) -> N
     assert again["audit"] == 1 and {"inversion_error", "precision", "preference_accuracy"}.isdisjoint(again)
 
     config.write_text(text.replace("latents: 4", "latents: 5"))
-    assert jobs(snakemake(folder, *dry)) == {"inversion_error": 1, "claims": 1, "present": 1, "report": 1, "all": 1}
+    assert jobs(snakemake(folder, *dry)) == {
+        "inversion_error": 1,
+        "claims": 1,
+        "present": 1,
+        "mlflow": 1,
+        "report": 1,
+        "all": 1,
+    }
 
     config.write_text(text.replace("kid_subset_size: 8", "kid_subset_size: 9"))
-    assert jobs(snakemake(folder, *dry)) == {"distribution": 1, "tables": 1, "claims": 1, "report": 1, "all": 1}
+    assert jobs(snakemake(folder, *dry)) == {
+        "distribution": 1,
+        "tables": 1,
+        "claims": 1,
+        "mlflow": 1,
+        "report": 1,
+        "all": 1,
+    }
 
     config.write_text(text.replace("probes: 2", "probes: 3"))
-    assert jobs(snakemake(folder, *dry)) == {"precision": 1, "claims": 1, "present": 1, "report": 1, "all": 1}
+    assert jobs(snakemake(folder, *dry)) == {
+        "precision": 1,
+        "claims": 1,
+        "present": 1,
+        "mlflow": 1,
+        "report": 1,
+        "all": 1,
+    }
     config.write_text(text.replace("min_view_ms: 300", "min_view_ms: 301"))
     assert jobs(snakemake(folder, *dry)) == {"user_study_bundle": 1, "all": 1}
 
