@@ -23,6 +23,7 @@ from invdpo.tracking import live
 from invdpo.tracking.mlflow_sync import sync
 from invdpo.tracking.store import connect
 
+VIEW = "compareRunsMode=CHART&workflowType=machine_learning"  # what *Model training* and the chart view say
 PATIENCE = 60_000  # ms; a busy machine is slow, not wrong
 
 
