@@ -311,7 +311,7 @@ def test_agreement_is_the_precision_tables_at_the_most_steps() -> None:
     )
     assert (close.verdict, close.seeds, close.pairs, close.prompts) == (ledger.SUPPORTED, 3, 16, 0)
     assert close.seeds_agreeing == 3 and close.p_value is None
-    assert close.artifacts == ["results/toy/experiments/precision"]
+    assert close.artifacts == ["experiments/precision"]
     mirrored = judged(evidence, ["inversion_dpo_paper"], threshold=0.0)
     assert mirrored.verdict == ledger.NOT_SUPPORTED and mirrored.value is not None and mirrored.value < -0.95
     assert judged(evidence, ["inversion_dpo_implied"], policy="sft").verdict == ledger.NOT_SUPPORTED

@@ -13,7 +13,7 @@ import pytest
 from invdpo.config import TrainingConfig, load_study
 from invdpo.evidence.claims import summary
 from invdpo.evidence.ledger import load_claims, read_verdicts
-from invdpo.evidence.publish import BEGIN, END, figures_folder
+from invdpo.evidence.publish import figures_folder, verdicts_block
 from invdpo.evidence.statistics import paired_difference
 from invdpo.provenance import sha256_file
 
@@ -22,7 +22,7 @@ STUDIES = sorted(path.parent.name for path in REFERENCE.parent.glob("*/provenanc
 
 
 def test_the_readmes_verdicts_are_those_of_the_reference_run() -> None:
-    block = Path("README.md").read_text().split(BEGIN)[1].split(END)[0]
+    block = verdicts_block(Path("README.md").read_text(), "shapes")
     assert block.strip() == summary(read_verdicts(REFERENCE / "claims.json")).strip()
 
 
@@ -138,7 +138,7 @@ def test_no_published_file_was_touched(study: str) -> None:
     reference = REFERENCE.parent / study
     listed = json.loads((reference / "provenance.json").read_text())["files"]
     assert listed == {name: sha256_file(reference / name) for name in listed}
-    figures = figures_folder(Path("."), study, judged=(reference / "claims.json").is_file())
+    figures = figures_folder(Path("."), study)
     shown = [path for path in figures.iterdir() if path.is_file()]
     assert len(shown) == sum(name.startswith(("tables/", "figures/")) for name in listed)
     for path in shown:
@@ -146,9 +146,10 @@ def test_no_published_file_was_touched(study: str) -> None:
         assert sha256_file(path) == listed[f"{part}/{path.name}"]
 
 
-def test_every_claim_is_judged_and_none_by_another_rule() -> None:
-    judged = {row.id: row.test for row in read_verdicts(REFERENCE / "claims.json")}
-    claims = load_claims(Path("config/claims.yaml"))
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_claim_is_judged_and_none_by_another_rule(name: str) -> None:
+    judged = {row.id: row.test for row in read_verdicts(REFERENCE.parent / name / "claims.json")}
+    claims = load_claims(Path(load_study(f"config/{name}.yaml").claims or ""))
     assert set(judged) == {claim.id for claim in claims}
     for claim in claims:
         assert judged[claim.id]["kind"] == claim.test.kind

@@ -42,7 +42,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[StudyConfig
         for write in (tables.write, claims.write, figures.write, grids.write):
             write(study)
         (study.root / "tables/speed.csv").write_text("stage,ratio\nmeasured,2\n")
-        Path("README.md").write_text(f"{publish.BEGIN}\n{publish.END}\n")
+        marks = [mark.format(study=study.study) for mark in (publish.BEGIN, publish.END)]
+        Path("README.md").write_text("\n".join([*marks, ""]))
         publish.publish(study)
         yield study, folder
 

@@ -369,10 +369,13 @@ def test_labels_are_moved_apart_but_stay_inside() -> None:
     assert figures.spread_labels([0.2, 0.8], 0.1, 0.0, 1.0) == [0.2, 0.8]
 
 
+BEGIN, END = (mark.format(study="toy") for mark in (publish.BEGIN, publish.END))
+
+
 def test_publish_copies_and_rewrites_the_readme() -> None:
     study = make_study()
     readme = Path("README.md")
-    readme.write_text(f"# Title\n{publish.BEGIN}\nold\n{publish.END}\nrest\n")
+    readme.write_text(f"# Title\n{BEGIN}\nold\n{END}\nrest\n")
     with pytest.raises(InvdpoError, match="Not made yet"):
         publish.publish(study)
     tables.write(study)
@@ -393,12 +396,12 @@ def test_publish_copies_and_rewrites_the_readme() -> None:
     assert text.startswith("# Title\n") and text.endswith("\nrest\n") and "old" not in text
     assert "**supported**" in text
     assert (Path("paper_figures") / "fig3.png").exists() and (Path("paper_figures") / "table3.tex").exists()
-    readme.write_text("no marks")
-    with pytest.raises(InvdpoError, match="verdicts:begin"):
+    readme.write_text(BEGIN)
+    with pytest.raises(InvdpoError, match="verdicts of toy: end"):
         publish.publish(study)
 
 
-def test_another_study_is_published_beside_the_one_that_judges_the_claims() -> None:
+def test_another_study_is_published_beside_the_one_that_the_readme_leads_with() -> None:
     first = make_study()
     second = first.model_copy(
         update={
@@ -409,7 +412,7 @@ def test_another_study_is_published_beside_the_one_that_judges_the_claims() -> N
     )
     make_study(study=second)
     readme = Path("README.md")
-    readme.write_text(f"# Title\n{publish.BEGIN}\nold\n{publish.END}\n")
+    readme.write_text(f"# Title\n{BEGIN}\nold\n{END}\n")
     for study in (first, second):
         tables.write(study)
         (study.root / "figures").mkdir()

@@ -18,10 +18,13 @@ from invdpo.evidence.claims_held_out import (
     judge_round_trip,
     judge_votes,
 )
+from invdpo.evidence.deviations import deviations_by_claim
 from invdpo.evidence.ledger import (
     AGREEMENTS,
     INCONCLUSIVE,
     NOT_RUN,
+    NOT_SUPPORTED,
+    OVER_PROMPTS,
     SUPPORTED,
     Claim,
     Test,
@@ -35,12 +38,18 @@ from invdpo.evidence.ledger import (
 )
 from invdpo.evidence.load import Evidence, arm_title, config_file, load_evidence, scorer_title, step_families
 from invdpo.evidence.printing import write_text
-from invdpo.evidence.statistics import LEVEL, cost_to_target, holm, mean_interval, settling_size
+from invdpo.evidence.statistics import ALPHA, LEVEL, cost_to_target, holm, mean_interval, settling_size
 from invdpo.files import write_json
 
 if TYPE_CHECKING:
     from invdpo.config import StudyConfig
 
+# Before the table of claims.md.
+HEAD_OF_LEDGER = """Paths of artifacts (claims.json) are below the folder of this file. An end with a level belongs to an interval; a range
+says what the runs were, not what others would be. A verdict with * holds after Holm's correction over all rows that have
+a p-value; without, it is that row's alone. A reading that changes nothing ([0, 0]) is *not supported*. † A test written
+after the runs it rests on had been seen. Deviations are those of docs/deviations.md that apply.
+"""
 AXES = {"step": "optimizer steps", "unet_evals": "UNet evaluations", "seconds": "seconds of training"}
 # kind of test -> columns of the training log, and what is made of them; two arms are compared as a ratio
 LOGGED: dict[str, tuple[tuple[str, ...], Callable[..., float]]] = {
@@ -74,6 +83,7 @@ def judge(evidence: Evidence, claim: Claim, variant: str = "") -> Verdict:
         claim.question,
         test.model_dump(exclude_none=True) | {"metric": None if test.kind in UNSCORED else metric},
         claim.paper_value,
+        claim.written,
         command=f"uv run snakemake results/{study.study}/claims.json --configfile config/{study.study}.yaml",
     )
     if test.kind in ("agreement", "round_trip"):
@@ -93,7 +103,7 @@ def judge(evidence: Evidence, claim: Claim, variant: str = "") -> Verdict:
         return (judge_distribution if test.kind == "distribution" else judge_votes)(study, test, row)
     if test.kind in LOGGED:
         return _judge_log(evidence, test, row)
-    row = replace(row, artifacts=[f"results/{study.study}/scores/{arm}" for arm in test.arms])
+    row = replace(row, artifacts=[f"scores/{arm}" for arm in test.arms])
     lacks = [f"{arm}: {lack.what} (`{lack.command}`)" for arm in test.arms if (lack := evidence.lack(arm, metric))]
     if lacks:
         return replace(row, reason="; ".join(lacks))
@@ -106,7 +116,24 @@ def judge(evidence: Evidence, claim: Claim, variant: str = "") -> Verdict:
 def _judge_difference(evidence: Evidence, test: Test, metric: str, row: Verdict) -> Verdict:
     values, baseline = evidence.paired(test.arms[0], test.arms[1], metric)
     row = judge_table(values - baseline, _trained_seeds(evidence, test.arms), test, row)
-    return replace(row, prompts=values.shape[1])
+    fell = [text for arm in test.arms if (text := _earlier_best(evidence, arm, metric))]
+    return replace(row, prompts=values.shape[1], reason="; ".join(filter(None, [row.reason, *fell])))
+
+
+def _earlier_best(evidence: Evidence, arm: str, metric: str) -> str:
+    """Which earlier checkpoint an arm's mean score was clearly higher at than at its last, in words; or nothing.
+
+    Clearly: the interval of the difference excludes zero. The metrics of a ledger are all better when higher.
+    """
+    scores = evidence.scores[arm]
+    if len(scores.steps) < 2:
+        return ""
+    values = scores.values[metric]
+    best = int(np.argmax(values.mean(axis=(1, 2))))
+    if mean_interval(values[best] - values[-1]).low <= 0:
+        return ""
+    ends = [f"{values[place].mean():.3g}" for place in (best, -1)]
+    return f"{arm} was at its best at step {scores.steps[best]} ({ends[0]}; {ends[1]} at its last)"
 
 
 def _trained_seeds(evidence: Evidence, arms: list[str]) -> int:
@@ -129,11 +156,7 @@ def _judge_speed(evidence: Evidence, test: Test, metric: str, row: Verdict) -> V
     found = cost_to_target(curves[0], costs[0], curves[1], costs[1])
     if found.ratio is None:
         return replace(row, verdict=INCONCLUSIVE, reason=f"{slow} does not end above the base model")
-    reasons = [one_seed(seeds)]
-    pairs = [evidence.cost(arm, "pairs_seen").get(evidence.scores[arm].steps[-1], 0) for arm in test.arms]
-    a_step = [count / evidence.scores[arm].steps[-1] for count, arm in zip(pairs, test.arms, strict=True)]
-    if test.axis == "step" and a_step[0] != a_step[1]:
-        reasons.append(f"a step of {fast} sees {a_step[0]:g} pairs, one of {slow} {a_step[1]:g}")
+    reasons = [one_seed(seeds), _batches(evidence, test) if test.axis == "step" else ""]
     if found.ratio == 0:
         reasons.append(f"{fast} does not reach the final score of {slow} within its run")
     if found.never:
@@ -145,9 +168,17 @@ def _judge_speed(evidence: Evidence, test: Test, metric: str, row: Verdict) -> V
         value=found.ratio,
         low=found.low,
         high=found.high if np.isfinite(found.high) else None,
+        interval=OVER_PROMPTS,
         verdict=decide(found.low, found.high, test.threshold, test.direction, seeds),
         reason="; ".join(reason for reason in reasons if reason),
     )
+
+
+def _batches(evidence: Evidence, test: Test) -> str:
+    """That the two arms see other numbers of pairs a step, in words; or nothing."""
+    pairs = [evidence.study.arm(arm).training.batch for arm in test.arms]
+    first, second = test.arms
+    return "" if pairs[0] == pairs[1] else f"a step of {first} sees {pairs[0]} pairs, one of {second} {pairs[1]}"
 
 
 def _judge_rise(evidence: Evidence, test: Test, metric: str, row: Verdict) -> Verdict:
@@ -173,6 +204,7 @@ def _judge_rise(evidence: Evidence, test: Test, metric: str, row: Verdict) -> Ve
         value=interval.estimate,
         low=interval.low,
         high=interval.high,
+        interval=f"95 % of {len(increments)} increments together, over seeds and prompts",
         seeds=seeds,
         prompts=prompts,
         verdict=verdict,
@@ -193,7 +225,7 @@ def _judge_dip(evidence: Evidence, test: Test, metric: str, row: Verdict) -> Ver
 def _judge_log(evidence: Evidence, test: Test, row: Verdict) -> Verdict:
     """Tests on the training logs. They state facts of the runs, so one seed is enough and there is no interval."""
     study = evidence.study
-    row = replace(row, artifacts=[f"results/{study.study}/runs/{arm}" for arm in test.arms])
+    row = replace(row, artifacts=[f"runs/{arm}" for arm in test.arms])
     columns, measure = LOGGED[test.kind]
     found: list[dict[int, float]] = []
     for arm in test.arms:
@@ -221,16 +253,22 @@ def _judge_log(evidence: Evidence, test: Test, row: Verdict) -> Verdict:
         value=float(np.mean(values)),
         low=min(values),
         high=max(values),
+        interval=f"range of {len(values)} seeds",
         seeds=len(values),
         seeds_agreeing=agreeing,
         verdict=all_or_none(agreeing, len(values)),
-        reason="the range is over training seeds",
+        reason=_batches(evidence, test) if test.kind == "steadiness" else "",
     )
 
 
 def judge_all(evidence: Evidence, claims: list[Claim]) -> list[Verdict]:
     """Every claim and variant in order, with Holm-adjusted p-values over all that have one."""
-    rows = [judge(evidence, claim, variant) for claim in claims for variant in claim.variants or [""]]
+    applying = deviations_by_claim()
+    rows = [
+        replace(judge(evidence, claim, variant), deviations=applying.get(claim.id, []))
+        for claim in claims
+        for variant in claim.variants or [""]
+    ]
     tested = [index for index, row in enumerate(rows) if row.p_value is not None]
     adjusted = holm([rows[index].p_value or 0.0 for index in tested])
     for index, value in zip(tested, adjusted, strict=True):
@@ -252,8 +290,26 @@ def value_text(row: Verdict) -> str:
     text = f"{row.value:.3g}" if share or kind in {"speed", *UNSCORED} else f"{row.value:+.3g}"
     if row.low is None:
         return text
+    if row.ranged:
+        return f"{text} ({row.low:.3g} to {row.high:.3g})"
     high = "∞" if row.high is None else f"{row.high:.3g}"
     return f"{text} [{row.low:.3g}, {high}]"
+
+
+def corrected(row: Verdict) -> bool:
+    """Whether the row's t-test still finds its difference after Holm's correction over all rows of the ledger."""
+    return row.p_holm is not None and row.p_holm <= ALPHA
+
+
+def verdict_text(row: Verdict) -> str:
+    return f"**{row.verdict}**" + ("\\*" if corrected(row) and row.verdict in (SUPPORTED, NOT_SUPPORTED) else "")
+
+
+def p_text(row: Verdict) -> str:
+    """p of the t-test, and after Holm's correction."""
+    if row.p_value is None or row.p_holm is None:
+        return "–"
+    return " / ".join("< 0.0001" if p < 1e-4 else f"{p:.2g}" for p in (row.p_value, row.p_holm))
 
 
 def measured_text(row: Verdict) -> str:
@@ -307,40 +363,60 @@ def size_text(row: Verdict) -> str:
 
 def to_markdown(rows: list[Verdict]) -> str:
     """The verdicts as a GitHub table."""
-    head = ["Claim", "Where", "Measured", "Paper", "This study [95 %]", "Seeds x prompts", "Verdict"]
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    head = ["Claim", "Where", "Measured", "Paper", "This study", "What the ends are", "Seeds x prompts", "p / Holm"]
+    head += ["Verdict", "Deviations"]
+    lines = [HEAD_OF_LEDGER, "| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     previous = ""
     for row in rows:
         first = row.id != previous
         previous = row.id
-        undecided = row.verdict in (NOT_RUN, INCONCLUSIVE)
-        always = row.test["kind"] in {"speed", "dip", "agreement", "distribution", *UNSCORED}
-        note = f" ({row.reason})" if row.reason and (undecided or always) else ""
+        note = f" ({row.reason})" if row.reason else ""
         sized = row.would_settle[:1].isdigit()  # and not a sentence on why there is no size
         settle = f"; {row.would_settle}{' would settle it' if sized else ''}" if row.would_settle else ""
-        paper = (row.paper_value or "–") if first else "″"
-        question, locus = (row.question, row.locus) if first else ("″", "″")
-        cells = [question, locus, measured_text(row), paper, value_text(row), size_text(row)]
-        verdict = f"**{row.verdict}**{note}{settle}"
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in [*cells, verdict]) + " |")
+        same = "″"
+        question, locus, paper, deviations = (
+            (asked(row), row.locus, row.paper_value or "–", ", ".join(row.deviations) or "–") if first else [same] * 4
+        )
+        cells = [question, locus, measured_text(row), paper, value_text(row), row.interval or "–", size_text(row)]
+        cells += [p_text(row), f"{verdict_text(row)}{note}{settle}", deviations]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 
 
 def summary(rows: list[Verdict]) -> str:
-    """The verdicts for the README: one line a claim with every reading of the method that was run, or why none was."""
+    """The verdicts for the README: one line a claim with every reading of the method, the paper's own claims first."""
     lines = ["| Question | The paper | This study |", "| --- | --- | --- |"]
-    for claim in dict.fromkeys(row.id for row in rows):
+    for claim in sorted(dict.fromkeys(row.id for row in rows), key=lambda name: not _of_paper(rows, name)):
         entries = [row for row in rows if row.id == claim]
         readings = [row for row in entries if row.verdict != NOT_RUN]
         cells = []
         for row in readings:
             name = f"{arm_title(row.variant)}: " if row.variant else ""
-            cells.append(f"{name}**{row.verdict}** ({value_text(row)})")
+            cells.append(f"{name}{verdict_text(row)} {bracketed(value_text(row))}")
+        absent = [row for row in entries if row.verdict == NOT_RUN]
+        if readings and absent:
+            cells.append(f"{', '.join(arm_title(row.variant) for row in absent)}: **{NOT_RUN}**")
+        elif absent:
+            cells.append(f"**{NOT_RUN}**: {'; '.join(dict.fromkeys(row.reason for row in absent))}")
         first = entries[0]
-        question = f"{first.question} ({first.locus})"
-        line = [question, first.paper_value or "–", "<br>".join(cells) or f"**{NOT_RUN}**: {first.reason}"]
+        question = f"{asked(first)} ({first.locus})"
+        line = [question, first.paper_value or "–", "<br>".join(cells)]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |")
     return "\n".join(lines) + "\n"
+
+
+def asked(row: Verdict) -> str:
+    """The question, marked where it was written after the runs it rests on had been seen."""
+    return f"{row.question}{'' if row.written == 'before' else ' †'}"
+
+
+def _of_paper(rows: list[Verdict], claim: str) -> bool:
+    return any(row.id == claim and row.quote for row in rows)
+
+
+def bracketed(text: str) -> str:
+    """A value set apart from the verdict before it, in parentheses unless it has its own."""
+    return text if text.endswith(")") else f"({text})"
 
 
 def write(study: StudyConfig) -> list[Path]:

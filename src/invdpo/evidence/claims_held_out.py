@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from scipy.stats import rankdata
 from invdpo.errors import InvdpoError
 from invdpo.evidence.ledger import (
     INCONCLUSIVE,
+    OVER_PROMPTS,
     Test,
     Verdict,
     agreeing_seeds,
@@ -22,10 +24,21 @@ from invdpo.evidence.ledger import (
     judge_table,
     one_seed,
 )
-from invdpo.evidence.statistics import DRAWS, LEVEL, SEED, mean_interval
+from invdpo.evidence.statistics import (
+    DRAWS,
+    LEVEL,
+    SEED,
+    mean_interval,
+    needed_points,
+    needed_seeds,
+    needed_units,
+    seed_interval,
+)
 
 if TYPE_CHECKING:
     from invdpo.config import StudyConfig
+
+SEEDS_OWN = "95 %, from the lowest to the highest end of the seeds' own"
 
 
 def judge_agreement(study: StudyConfig, test: Test, row: Verdict) -> Verdict:
@@ -39,7 +52,7 @@ def judge_agreement(study: StudyConfig, test: Test, row: Verdict) -> Verdict:
     row = replace(
         row,
         test=row.test | {"measured": list(measured)},
-        artifacts=[f"results/{study.study}/experiments/precision"],
+        artifacts=["experiments/precision"],
     )
     if test.metric == "spearman" and len(found) == 1:
         row = _judge_correlation(found[0], test, row)
@@ -60,10 +73,12 @@ def judge_agreement(study: StudyConfig, test: Test, row: Verdict) -> Verdict:
 def _judge_correlation(rows: pd.DataFrame, test: Test, row: Verdict) -> Verdict:
     """The seeds' mean correlation. rows: of agreement.csv, one a seed."""
     values, low, high = (rows[column].to_numpy(np.float64) for column in ("spearman", "low", "high"))
-    spread = "interval: from the lowest to the highest end of the seeds' own"
-    return _judge_seeds(
-        values, low.min(), high.max(), spread, test, replace(row, pairs=int(rows["pairs"].to_numpy().min()))
-    )
+    row = replace(row, interval=SEEDS_OWN, pairs=int(rows["pairs"].to_numpy().min()))
+    row = _judge_seeds(values, low.min(), high.max(), test, row)
+    if row.verdict != INCONCLUSIVE or row.value is None or row.value == test.threshold or abs(row.value) == 1:
+        return row
+    pairs = math.ceil(needed_points(row.value, test.threshold) / 2)  # a pair has two latents
+    return replace(row, would_settle=f"{pairs:,} pairs a seed")
 
 
 def _judge_correlation_difference(surrogates: np.ndarray, truth: np.ndarray, test: Test, row: Verdict) -> Verdict:
@@ -78,11 +93,15 @@ def _judge_correlation_difference(surrogates: np.ndarray, truth: np.ndarray, tes
     means = np.take_along_axis(difference[:, 1:], chosen.T, axis=0).mean(axis=0)
     means = means[~np.isnan(means)]  # of very few pairs, some resamples have a constant side
     low, high = np.percentile(means, [50 * (1 - LEVEL), 50 * (1 + LEVEL)]) if len(means) else (np.nan, np.nan)
-    return _judge_seeds(difference[:, 0], low, high, "", test, row)
+    row = _judge_seeds(difference[:, 0], low, high, test, replace(row, interval=OVER_PROMPTS.replace("prompts", "pairs")))
+    if row.verdict != INCONCLUSIVE or row.value is None or row.value == test.threshold:
+        return row
+    pairs = truth.shape[1]
+    return replace(row, would_settle=f"{needed_units(row.value - test.threshold, means.std(ddof=1), pairs):,} pairs a seed")
 
 
-def _judge_seeds(values: np.ndarray, low: float, high: float, spread: str, test: Test, row: Verdict) -> Verdict:
-    """The mean of the seeds' values (seeds,) with a given interval against the threshold. spread: what that is."""
+def _judge_seeds(values: np.ndarray, low: float, high: float, test: Test, row: Verdict) -> Verdict:
+    """The mean of the seeds' values (seeds,) with a given interval against the threshold."""
     seeds = len(values)
     if not np.isfinite([*values, low, high]).all():
         reason = "no correlation under some seed: its surrogate or the truth is the same for all latents"
@@ -95,7 +114,7 @@ def _judge_seeds(values: np.ndarray, low: float, high: float, spread: str, test:
         seeds=seeds,
         seeds_agreeing=agreeing_seeds(values, test),
         verdict=decide(low, high, test.threshold, test.direction, seeds),
-        reason=one_seed(seeds) or spread,
+        reason=one_seed(seeds),
     )
 
 
@@ -112,21 +131,25 @@ def judge_round_trip(study: StudyConfig, test: Test, row: Verdict) -> Verdict:
     if len(values) != settings.latents:
         raise _stale(study, "inversion_error", "errors.csv", f"{len(values)} pictures at N = {max(settings.steps)}")
     interval = mean_interval(values[None])
+    verdict = decide(interval.low, interval.high, test.threshold, test.direction, None)
+    effect = interval.estimate - test.threshold
+    more = needed_units(effect, interval.standard_error, len(values)) if verdict == INCONCLUSIVE and effect else 0
     return replace(
         row,
         test=row.test | {"inversion_steps": [max(settings.steps)]},
-        artifacts=[f"results/{study.study}/experiments/inversion_error"],
+        artifacts=["experiments/inversion_error"],
         value=interval.estimate,
         low=interval.low,
         high=interval.high,
+        interval="95 %, over pictures of one base model",
         pictures=len(values),
-        verdict=decide(interval.low, interval.high, test.threshold, test.direction, None),
-        reason="the interval is over pictures, of one base model",
+        verdict=verdict,
+        would_settle=f"{more:,} pictures" if more else "",
     )
 
 
 def judge_distribution(study: StudyConfig, test: Test, row: Verdict) -> Verdict:
-    """Tests on distribution.csv, which has one value a set of pictures: facts of the runs, as those on the logs."""
+    """Tests on distribution.csv, which has one value a set of pictures: the training seed is the unit."""
     settings = study.experiments.distribution
     if lacking := _lacking("distribution", settings, {"arms": test.arms}):
         return replace(row, reason=lacking)
@@ -140,18 +163,24 @@ def judge_distribution(study: StudyConfig, test: Test, row: Verdict) -> Verdict:
     values = (first - second).dropna().tolist()
     if len(values) != len(first):
         raise InvdpoError(f"{path} has not the same seeds of {' and '.join(test.arms)}. Run the study again.")
-    beyond = [value < test.threshold if test.direction == "lower" else value > test.threshold for value in values]
+    found = np.array(values)
+    low, high = seed_interval(found) if len(found) > 1 else (found[0], found[0])
+    verdict = decide(low, high, test.threshold, test.direction, len(found))
+    effect, spread = float(found.mean()) - test.threshold, float(found.var(ddof=1)) if len(found) > 1 else 0.0
+    more = needed_seeds(abs(effect), (spread, 0.0, 0.0), 1) if verdict == INCONCLUSIVE and effect and spread else None
     return replace(
         row,
-        artifacts=[f"results/{study.study}/distribution.csv"],
-        value=float(np.mean(values)),
-        low=min(values),
-        high=max(values),
+        artifacts=["distribution.csv"],
+        value=float(found.mean()),
+        low=float(low),
+        high=float(high),
+        interval="95 %, Student's over seeds, of these prompts' pictures",
         seeds=len(values),
-        seeds_agreeing=sum(beyond),
+        seeds_agreeing=agreeing_seeds(found, test),
         pictures=min(_where(table, {"method": test.arms[0]})["images"].tolist()),
-        verdict=all_or_none(sum(beyond), len(values)),
-        reason="the range is over training seeds",
+        verdict=verdict,
+        reason=one_seed(len(values)),
+        would_settle=f"{more:,} seeds" if more else "",
     )
 
 
@@ -167,10 +196,11 @@ def judge_votes(study: StudyConfig, test: Test, row: Verdict) -> Verdict:
     value, low, high = (float(found[name]) for name in ("win_rate", "win_rate_low", "win_rate_high"))
     return replace(
         row,
-        artifacts=[f"results/{study.study}/tables/table_s4.csv"],
+        artifacts=["tables/table_s4.csv"],
         value=value,
         low=low,
         high=high,
+        interval="95 %, over raters and prompts",
         pictures=int(found["pairs"]),
         verdict=decide(low, high, test.threshold, test.direction, None),
         reason=f"{int(found['votes'])} votes of {int(found['raters'])} raters",
@@ -194,14 +224,14 @@ def judge_audit(study: StudyConfig, test: Test, row: Verdict) -> Verdict:
     agreeing = sum(value <= test.threshold if test.direction == "lower" else value > test.threshold for value in values)
     return replace(
         row,
-        artifacts=[f"results/{study.study}/experiments/audit"],
+        artifacts=["experiments/audit"],
         value=float(np.mean(values)),
         low=min(values),
         high=max(values),
+        interval=f"range of {len(values)} batches",
         pairs=settings.pairs,
         batches=len(values),
         verdict=all_or_none(agreeing, len(values)),
-        reason="the range is over batches",
     )
 
 

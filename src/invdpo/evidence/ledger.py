@@ -3,7 +3,8 @@
 A claim is `supported` when its interval lies beyond the threshold, `not supported` when it lies on the other side (or
 reaches the threshold from there without crossing it: a method that changed nothing has the interval [0, 0]),
 `inconclusive` when the threshold is inside or only one training seed was run, and `not run` when an arm, a score, a
-family or an experiment of the test does not exist.
+family or an experiment of the test does not exist. Where the mean of a table is tested, the t-test has to agree: the
+bootstrap of three seeds is too narrow where seeds vary most (see `statistics`).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from invdpo.errors import InvdpoError
-from invdpo.evidence.statistics import mean_interval, p_value, settling_size
+from invdpo.evidence.statistics import ALPHA, mean_interval, p_value, settling_size
 
 SUPPORTED, NOT_SUPPORTED, INCONCLUSIVE, NOT_RUN = ("supported", "not supported", "inconclusive", "not run")
 
@@ -38,6 +39,8 @@ ARMS_OF = {
     "round_trip": (0,),
     "agreement": (1, 2),
 }
+# What low and high are. A range has no level: it says what was seen, not what another run would show.
+OVER_PROMPTS = "95 %, over seeds and prompts"
 # setting of a test -> the only kind that reads it
 ONLY_FOR = {"policy": "agreement", "draws": "agreement", "rounding": "gradient", "guidance_scale": "round_trip"}
 # what of an experiment's files is measured -> how it is called in print
@@ -80,11 +83,14 @@ class Test(_Strict):
 
 
 class Claim(_Strict):
-    """One sentence of the paper, or one question of the study."""
+    """One sentence of the paper, or one question of the study. written: before any run was made, or after those that it
+    rests on had been seen.
+    """
 
     id: str = Field(pattern=r"^[a-z0-9_]+$")
     locus: str
     question: str
+    written: Literal["before", "after"]
     quote: str = ""
     paper_value: str = ""
     variants: list[str] = []
@@ -95,8 +101,9 @@ class Claim(_Strict):
 class Verdict:
     """One row of claims.json. value, low and high are on the scale of the test (a difference, a ratio, a norm).
 
-    prompts: of a test on scores. pairs: held-out ones of a test on an experiment, in each of its `batches` if any.
-    pictures: of a test on inversions or votes.
+    interval: what low and high are. prompts: of a test on scores. pairs: held-out ones of a test on an experiment, in each
+    of its `batches` if any. pictures: of a test on inversions or votes. deviations: ids of config/deviations.yaml that
+    apply. artifacts: the files and folders behind the value, below the study's folder.
     """
 
     id: str
@@ -106,9 +113,11 @@ class Verdict:
     question: str
     test: dict[str, Any]
     paper_value: str
+    written: str = ""
     value: float | None = None
     low: float | None = None
     high: float | None = None
+    interval: str = ""
     seeds: int = 0
     prompts: int = 0
     pairs: int = 0
@@ -120,8 +129,14 @@ class Verdict:
     verdict: str = NOT_RUN
     reason: str = ""
     would_settle: str = ""
+    deviations: list[str] = field(default_factory=list)
     artifacts: list[str] = field(default_factory=list)
     command: str = ""
+
+    @property
+    def ranged(self) -> bool:
+        """Whether low and high are the ends of what was seen, and no interval."""
+        return self.interval.startswith("range")
 
 
 def load_claims(path: Path) -> list[Claim]:
@@ -179,9 +194,15 @@ def decide(low: float, high: float, threshold: float, direction: str, seeds: int
 
 
 def judge_table(table: np.ndarray, seeds: int, test: Test, row: Verdict, unit: str = "prompts") -> Verdict:
-    """The mean of a table (seeds, `unit`) against the threshold. seeds: how many of its rows are trainings."""
-    interval = mean_interval(table)
+    """The mean of a table (seeds, `unit`) against the threshold. seeds: how many of its rows are trainings.
+
+    The interval decides, unless the t-test of the same table does not see what it sees.
+    """
+    interval, p = mean_interval(table), p_value(table, test.threshold)
     verdict = decide(interval.low, interval.high, test.threshold, test.direction, seeds)
+    reason = one_seed(seeds)
+    if verdict != INCONCLUSIVE and p > ALPHA and interval.low < interval.high:
+        verdict, reason = INCONCLUSIVE, f"the interval lies on one side of {test.threshold:g}, the t-test does not see it"
     settle = ""
     if verdict == INCONCLUSIVE:
         settle = settle_text(settling_size(table, test.threshold), table.shape, unit)
@@ -190,11 +211,12 @@ def judge_table(table: np.ndarray, seeds: int, test: Test, row: Verdict, unit: s
         value=interval.estimate,
         low=interval.low,
         high=interval.high,
+        interval=OVER_PROMPTS.replace("prompts", unit),
         seeds=seeds,
         seeds_agreeing=agreeing_seeds(table.mean(axis=1), test),
-        p_value=p_value(table, test.threshold),
+        p_value=p,
         verdict=verdict,
-        reason=one_seed(seeds),
+        reason=reason,
         would_settle=settle,
     )
 

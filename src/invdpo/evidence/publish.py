@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -24,7 +25,8 @@ from invdpo.provenance import git_commit, git_dirty, lock_hash, sha256_file, wei
 if TYPE_CHECKING:
     from invdpo.config import StudyConfig
 
-BEGIN, END = "<!-- verdicts:begin -->", "<!-- verdicts:end -->"
+# Around a study's verdicts in README.md.
+BEGIN, END = "<!-- verdicts of {study}: begin -->", "<!-- verdicts of {study}: end -->"
 PROVENANCE = "provenance.json"
 # A study of many prompts does not publish its scores: a repository is no place for gigabytes.
 MAX_SCORES_BYTES = 5_000_000
@@ -44,12 +46,25 @@ SHOWN_FOR = {
 }
 
 
-def replace_block(text: str, block: str, where: str) -> str:
-    """`text` with what stands between the two verdict marks replaced; InvdpoError unless each mark is there once."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise InvdpoError(f"{where}: needs the lines `{BEGIN}` and `{END}`, once each and in this order.")
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{block.strip()}\n{END}{rest.split(END)[1]}"
+def leading_study(readme: str) -> str | None:
+    """The study whose verdicts a README shows, by the mark before them; None where there is none."""
+    found = re.search(BEGIN.format(study=r"(\w+)"), readme)
+    return found[1] if found else None
+
+
+def verdicts_block(readme: str, study: str) -> str:
+    """What stands between the study's two marks; InvdpoError unless each is there once."""
+    begin, end = BEGIN.format(study=study), END.format(study=study)
+    if readme.count(begin) != 1 or readme.count(end) != 1 or readme.index(begin) > readme.index(end):
+        raise InvdpoError(f"README.md needs the lines `{begin}` and `{end}`, once each and in this order.")
+    return readme.split(begin)[1].split(end)[0]
+
+
+def replace_block(readme: str, block: str, study: str) -> str:
+    """The README with other verdicts of the study."""
+    old = verdicts_block(readme, study)
+    begin = BEGIN.format(study=study)
+    return readme.replace(f"{begin}{old}", f"{begin}\n{block.strip()}\n")
 
 
 def _copy(root: Path, folder: Path, paths: Iterable[Path]) -> None:
@@ -83,9 +98,10 @@ def _runs(study: StudyConfig) -> list[str]:
     return [f"runs/{arm}/seed{seed}" for arm in study.arms for seed in study.seeds]
 
 
-def figures_folder(repository: Path, study: str, judged: bool) -> Path:
-    """Where a study's figures and tables are put for readers; judged: whether it is a study with claims."""
-    return repository / "paper_figures" / ("" if judged else study)
+def figures_folder(repository: Path, study: str) -> Path:
+    """Where a study's figures and tables are put for readers: apart, but for the study that README.md leads with."""
+    leads = leading_study((repository / "README.md").read_text(encoding="utf-8")) == study
+    return repository / "paper_figures" / ("" if leads else study)
 
 
 def shown(study: StudyConfig, folder: Path) -> list[Path]:
@@ -106,8 +122,8 @@ def publish(study: StudyConfig, repository: Path = Path(".")) -> list[Path]:
     provenance.json has the hash of every file, and of the weights, which are not published; ro-crate-metadata.json says
     the same in RO-Crate's terms. Returns the files written below the reference folder.
 
-    The study that judges the claims is the one that readers meet first: its figures and tables lie in paper_figures/
-    itself, and its verdicts go into README.md. Any other study has paper_figures/<study>/. Tables and figures of
+    The study whose marks README.md has is the one that readers meet first: its verdicts go between them, and its figures
+    and tables lie in paper_figures/ itself. Any other study has paper_figures/<study>/. Tables and figures of
     experiments that the study has not are left out. What an earlier publication of the study left is replaced.
     InvdpoError names what is not made yet.
     """
@@ -117,12 +133,11 @@ def publish(study: StudyConfig, repository: Path = Path(".")) -> list[Path]:
     missing = [str(root / name) for name in ("tables", "figures", *verdicts) if not (root / name).exists()]
     if missing:
         raise InvdpoError(f"Not made yet: {', '.join(missing)}. Run the study first (`make reproduce`).")
-    text = None
-    if study.claims:
-        if not readme.exists():
-            raise InvdpoError(f"{readme}: no such file. Publish from the folder that holds README.md.")
-        block = summary(read_verdicts(root / "claims.json"))
-        text = replace_block(readme.read_text(encoding="utf-8"), block, str(readme))
+    if not readme.exists():
+        raise InvdpoError(f"{readme}: no such file. Publish from the folder that holds README.md.")
+    text = readme.read_text(encoding="utf-8")
+    if study.claims and leading_study(text) == study.study:
+        text = replace_block(text, summary(read_verdicts(root / "claims.json")), study.study)
 
     reference = repository / "results" / "reference" / study.study
     with replace_when_done(reference) as folder:
@@ -150,7 +165,7 @@ def publish(study: StudyConfig, repository: Path = Path(".")) -> list[Path]:
         write_json(folder / PROVENANCE, content)
         write_json(folder / METADATA, crate(folder, study, evidence, MADE))
 
-    figures = figures_folder(repository, study.study, judged=text is not None)
+    figures = figures_folder(repository, study.study)
     with replace_when_done(figures) as folder:
         folder.mkdir(parents=True)
         for other in filter(Path.is_dir, figures.glob("*")):  # of other studies
@@ -158,8 +173,7 @@ def publish(study: StudyConfig, repository: Path = Path(".")) -> list[Path]:
         for name in ("figures", "tables"):
             for path in shown(study, root / name):
                 shutil.copy(path, folder / path.name)
-    if text is not None:
-        write_text(readme, text)
+    write_text(readme, text)
     return _files(reference)
 
 

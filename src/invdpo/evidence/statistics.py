@@ -342,6 +342,33 @@ def settling_size(values: np.ndarray, threshold: float = 0.0) -> tuple[int, int]
     return (max(seeds, trained), prompts) if trained is not None and trained <= 2 * both[0] else both
 
 
+def needed_units(effect: float, standard_error: float, units: int, power: float = POWER, alpha: float = ALPHA) -> int:
+    """How many units (pairs, pictures) tell an effect from none that `units` of them see with this standard error.
+
+    The error is taken to fall with the root of their number, as it does while they are what varies. Raises ValueError
+    where there is no effect.
+    """
+    if effect == 0:
+        raise ValueError("an effect of exactly 0 is told from none by no number of units")
+    return math.ceil(units * ((norm.isf(alpha / 2) + norm.isf(1 - power)) * standard_error / effect) ** 2)
+
+
+def needed_points(correlation: float, threshold: float, power: float = POWER, alpha: float = ALPHA) -> int:
+    """Points that tell a rank correlation from a threshold, both inside (-1, 1), by Fisher's transformation.
+
+    The standard error of a Spearman correlation's transform is that of Fieller, Hartley and Pearson (1957),
+    sqrt(1.06 / (n - 3)). Raises ValueError where the two are equal.
+    """
+    effect = math.atanh(correlation) - math.atanh(threshold)
+    return 3 + needed_units(effect, math.sqrt(1.06), 1, power, alpha)
+
+
+def seed_interval(values: np.ndarray, level: float = LEVEL) -> tuple[float, float]:
+    """Student's interval for the mean of the seeds' values (seeds,), at least two of them."""
+    margin = float(t.isf((1 - level) / 2, len(values) - 1)) * float(values.std(ddof=1)) / math.sqrt(len(values))
+    return float(values.mean()) - margin, float(values.mean()) + margin
+
+
 def crossing(curve: np.ndarray, cost: np.ndarray, target: np.ndarray) -> np.ndarray:
     """Cost at which a curve first reaches its target, by linear interpolation between checkpoints; inf if never.
 
