@@ -134,19 +134,35 @@ def test_cost_and_steadiness_are_ratios_of_the_logs_seed_by_seed() -> None:
     assert still.verdict == ledger.NOT_RUN and "never had a gradient" in still.reason
 
 
+def fid_row(arm: str, seed: int, value: float) -> dict[str, Any]:
+    return {"method": arm, "seed": seed, "fid_standard": value, "fid_laionsg_compat": value, "images": 24}
+
+
 def test_fid_is_judged_seed_by_seed() -> None:
     study = make_study(study=measured(distribution=DISTRIBUTION).study)
     fid = {("base", 0): 9.0, ("inversion_dpo_implied", 0): 8.0, ("inversion_dpo_implied", 1): 8.5}
     fid |= {("inversion_dpo_implied", 2): 7.0, ("inversion_dpo_code", 0): 8.0, ("inversion_dpo_code", 1): 9.5}
     fid |= {("inversion_dpo_code", 2): 8.0}
-    table = [{"method": arm, "seed": seed, "fid_standard": value, "images": 24} for (arm, seed), value in fid.items()]
+    table = [
+        {"method": arm, "seed": seed, "fid_standard": value, "fid_laionsg_compat": value, "images": 24}
+        for (arm, seed), value in fid.items()
+    ]
     with pytest.raises(InvdpoError, match="distribution.csv is missing. Run `invdpo distribution --study"):
         rows(study)
     pd.DataFrame(table).to_csv(study.root / "distribution.csv", index=False)
     found = rows(study)
     row = found["fid_below_base", "inversion_dpo_implied"]
-    assert row.verdict == ledger.SUPPORTED and (row.low, row.high) == (-2.0, -0.5)
     assert row.value == pytest.approx(-7 / 6) and "| 3 x 24 pictures |" in claims.to_markdown([row])
+    # Student's interval of -1, -0.5 and -2 with two degrees of freedom
+    assert (row.low, row.high) == pytest.approx((-7 / 6 - 1.8974, -7 / 6 + 1.8974), abs=1e-3)
+    assert row.verdict == ledger.INCONCLUSIVE and row.seeds_agreeing == 3 and row.would_settle == "6 seeds"
+    fid |= {("inversion_dpo_implied", seed): 8.0 + seed / 100 for seed in range(3)}
+    table = [
+        {"method": arm, "seed": seed, "fid_standard": value, "fid_laionsg_compat": value, "images": 24}
+        for (arm, seed), value in fid.items()
+    ]
+    pd.DataFrame(table).to_csv(study.root / "distribution.csv", index=False)
+    assert rows(study)["fid_below_base", "inversion_dpo_implied"].verdict == ledger.SUPPORTED
     assert found["fid_below_base", "inversion_dpo_code"].verdict == ledger.INCONCLUSIVE
     assert "lacks inversion_dpo_paper" in found["fid_below_base", "inversion_dpo_paper"].reason
     pd.DataFrame(table[:-1] + [{**table[-1], "method": "base"}]).to_csv(study.root / "distribution.csv", index=False)
@@ -170,7 +186,8 @@ def test_round_trips_are_judged_at_the_most_steps_over_pictures() -> None:
     row = found["trajectories_agree", ""]
     assert row.value == pytest.approx(0.05) and row.verdict == ledger.SUPPORTED and row.pictures == 4
     assert "guidance 1, N = 20 |" in claims.to_markdown([row])
-    assert found["trajectories_agree_with_guidance", ""].verdict == ledger.INCONCLUSIVE
+    unsure = found["trajectories_agree_with_guidance", ""]
+    assert unsure.verdict == ledger.INCONCLUSIVE and re.fullmatch(r"[\d,]+ pictures", unsure.would_settle)
     pd.DataFrame(table[:7]).to_csv(folder / "errors.csv", index=False)
     with pytest.raises(InvdpoError, match=r"3 pictures at N = 20.*invdpo experiment inversion_error"):
         rows(study)
@@ -207,6 +224,38 @@ def test_inconclusive_says_what_would_settle_it() -> None:
     assert row.low is not None and row.high is not None and row.low < 0 < row.high
     assert row.verdict == ledger.INCONCLUSIVE and "would" not in row.would_settle and row.would_settle
     assert row.p_holm is not None and row.p_value is not None and row.p_holm >= row.p_value
+
+
+def test_an_interval_that_the_t_test_does_not_confirm_decides_nothing() -> None:
+    """Three seeds whose means are 0.1, 0.1 and 0.9: their bootstrap never reaches 0, Student's interval does."""
+    table = np.array([[0.1], [0.1], [0.9]]) + 0.01 * np.sin(np.arange(96))
+    test = ledger.Test(kind="difference", arms=["a", "b"])
+    row = ledger.judge_table(table, 3, test, ledger.Verdict("x", "", "", "", "", test.model_dump(), ""))
+    assert row.low is not None and row.low > 0 and row.p_value is not None and row.p_value > 0.05
+    assert row.verdict == ledger.INCONCLUSIVE and "t-test" in row.reason and "seeds" in row.would_settle
+    steady = ledger.judge_table(table - table.mean(axis=1, keepdims=True) + 0.4, 3, test, row)
+    assert steady.verdict == ledger.SUPPORTED and "t-test" not in steady.reason
+
+
+def test_a_verdict_says_whether_it_outlasts_the_correction() -> None:
+    found = rows(make_study(prompts=48))
+    strong = [row for row in found.values() if claims.corrected(row)]
+    assert strong and all(row.p_holm is not None and row.p_holm <= 0.05 for row in strong)
+    assert "**supported**\\*" in claims.verdict_text(found["dpo_above_base", ""])
+    weak = ledger.replace(found["dpo_above_base", ""], p_holm=0.2)
+    assert claims.verdict_text(weak) == "**supported**"
+
+
+def test_an_arm_that_falls_again_says_so() -> None:
+    study = make_study(prompts=48)
+    for path in (study.root / "scores/p_single").glob("*.parquet"):
+        frame = pd.read_parquet(path)
+        frame.loc[frame["step"] == frame["step"].min(), "score"] += 0.5
+        write_scores(path, frame)
+    found = rows(study)
+    first = load_evidence(study).scores["p_single"].steps[0]
+    assert f"p_single was at its best at step {first}" in found["p_above_q_pickscore", "p_single"].reason
+    assert "at its best" not in found["pickscore_above_base", "inversion_dpo_implied"].reason
 
 
 def test_one_seed_decides_nothing_about_a_method() -> None:
@@ -296,7 +345,7 @@ NOISE = {
 
 def judged(evidence: Evidence, arms: list[str], **test: Any) -> ledger.Verdict:
     settings = {"kind": "agreement", "arms": arms, "policy": "diffusion_dpo", "metric": "spearman"} | test
-    content = {"id": "x", "locus": "y", "question": "z", "test": settings}
+    content = {"id": "x", "locus": "y", "question": "z", "written": "after", "test": settings}
     return claims.judge(evidence, ledger.Claim.model_validate(content))
 
 
@@ -310,6 +359,9 @@ def test_agreement_is_the_precision_tables_at_the_most_steps() -> None:
         (rows["spearman"].mean(), rows["low"].min(), rows["high"].max())
     )
     assert (close.verdict, close.seeds, close.pairs, close.prompts) == (ledger.SUPPORTED, 3, 16, 0)
+    assert "lowest to the highest end" in close.interval and not close.would_settle
+    unsure = judged(evidence, ["inversion_dpo_implied"], threshold=0.999)
+    assert unsure.verdict == ledger.INCONCLUSIVE and re.fullmatch(r"[\d,]+ pairs a seed", unsure.would_settle)
     assert close.seeds_agreeing == 3 and close.p_value is None
     assert close.artifacts == ["experiments/precision"]
     mirrored = judged(evidence, ["inversion_dpo_paper"], threshold=0.0)
@@ -522,9 +574,13 @@ def test_files_are_complete_and_stable() -> None:
     ids = {claim.id for claim in ledger.load_claims(CLAIMS)}
     assert {row["id"] for row in content} == ids
     assert [asdict(row) for row in ledger.read_verdicts(study.root / "claims.json")] == content
+    of_deviations = {row["id"]: row["deviations"] for row in content}
+    assert "sign" in of_deviations["labels_matter"] and all(isinstance(ids, list) for ids in of_deviations.values())
+    assert all(row["interval"] for row in content if row["low"] is not None)
     assert {"draws", "policy", "rounding"}.isdisjoint(content[0]["test"]), "settings of other kinds"
     assert sum(row["test"]["kind"] == "agreement" and row["verdict"] != ledger.NOT_RUN for row in content) == 7
     lines = (study.root / "claims.md").read_text().splitlines()
+    lines = [line for line in lines if line.startswith("|")]
     assert len(lines) == len(content) + 2
     assert len({line.replace("\\|", "").count("|") for line in lines}) == 1
 
@@ -532,32 +588,42 @@ def test_files_are_complete_and_stable() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("claims: [{id: a, locus: x, question: q, test: {kind: difference, arms: [a]}}]", "needs 2 arms"),
-        ("claims: [{id: a, locus: x, question: q, tset: {}}]", "tset|test"),
-        ("claims: [{id: a, locus: x, question: q, test: {kind: guess}}]", "kind"),
+        (
+            "claims: [{id: a, HEAD, test: {kind: difference, arms: [a]}}]",
+            "needs 2 arms",
+        ),
+        ("claims: [{id: a, HEAD, tset: {}}]", "tset|test"),
+        ("claims: [{id: a, HEAD, test: {kind: guess}}]", "kind"),
+        ("claims: [{id: a, locus: x, question: q, test: {kind: trend}}]", "written"),
         ("claims: {}", "list"),
         ("claims: [", "YAML"),
-        (f"claims: [{{id: a, locus: x, question: q, quote: '{'word ' * 26}', test: {{kind: trend}}}}]", "25 words"),
-        ("claims: [&x {id: a, locus: x, question: q, test: {kind: trend}}, *x]", "twice"),
-        ("claims: [{id: a, locus: x, question: q, test: {kind: agreement}}]", "needs 1 or 2 arms"),
         (
-            "claims: [{id: a, locus: x, question: q, test: {kind: agreement, arms: [a], policy: b}}]",
+            f"claims: [{{id: a, HEAD, quote: '{'word ' * 26}', test: {{kind: trend}}}}]",
+            "25 words",
+        ),
+        ("claims: [&x {id: a, HEAD, test: {kind: trend}}, *x]", "twice"),
+        ("claims: [{id: a, HEAD, test: {kind: agreement}}]", "needs 1 or 2 arms"),
+        (
+            "claims: [{id: a, HEAD, test: {kind: agreement, arms: [a], policy: b}}]",
             "one of spearman, order",
         ),
         (
-            "claims: [{id: a, locus: x, question: q, test: {kind: agreement, arms: [a], metric: order}}]",
+            "claims: [{id: a, HEAD, test: {kind: agreement, arms: [a], metric: order}}]",
             "needs `policy`",
         ),
-        ("claims: [{id: a, locus: x, question: q, test: {kind: trend, draws: 1}}]", "`draws` belongs to .* agreement"),
         (
-            "claims: [{id: a, locus: x, question: q, test: {kind: rise, arms: [a], rounding: none}}]",
+            "claims: [{id: a, HEAD, test: {kind: trend, draws: 1}}]",
+            "`draws` belongs to .* agreement",
+        ),
+        (
+            "claims: [{id: a, HEAD, test: {kind: rise, arms: [a], rounding: none}}]",
             "`rounding` belongs",
         ),
     ],
 )
 def test_bad_claims_files_are_refused(text: str, message: str) -> None:
     path = Path("claims.yaml")
-    path.write_text(text)
+    path.write_text(text.replace("HEAD", "locus: x, question: q, written: after"))
     with pytest.raises(InvdpoError, match=message):
         ledger.load_claims(path)
 

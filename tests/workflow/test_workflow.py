@@ -225,7 +225,7 @@ def test_smoke_runs_and_says_where_the_results_are(copies: tuple[Path, Path]) ->
     for name in files:
         assert (folder / "results" / "smoke" / name).stat().st_size > 0
     verdicts = json.loads((folder / "results" / "smoke" / "claims.json").read_text())["claims"]
-    measured = [row for row in verdicts if row["artifacts"] and "/experiments/" in row["artifacts"][0]]
+    measured = [row for row in verdicts if row["artifacts"] and row["artifacts"][0].startswith("experiments/")]
     assert len(measured) == 9 and all(row["value"] is not None for row in measured)
     for words in (
         "results/smoke/tables:",

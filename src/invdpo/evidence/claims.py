@@ -18,7 +18,8 @@ from invdpo.evidence.claims_held_out import (
     judge_round_trip,
     judge_votes,
 )
-from invdpo.evidence.deviations import deviations_by_claim
+from invdpo.evidence.deviations import CLAIMS, deviations_by_claim
+from invdpo.evidence.deviations import SOURCE as DEVIATIONS
 from invdpo.evidence.ledger import (
     AGREEMENTS,
     INCONCLUSIVE,
@@ -40,15 +41,17 @@ from invdpo.evidence.load import Evidence, arm_title, config_file, load_evidence
 from invdpo.evidence.printing import write_text
 from invdpo.evidence.statistics import ALPHA, LEVEL, cost_to_target, holm, mean_interval, settling_size
 from invdpo.files import write_json
+from invdpo.provenance import REPOSITORY
 
 if TYPE_CHECKING:
     from invdpo.config import StudyConfig
 
 # Before the table of claims.md.
-HEAD_OF_LEDGER = """Paths of artifacts (claims.json) are below the folder of this file. An end with a level belongs to an interval; a range
-says what the runs were, not what others would be. A verdict with * holds after Holm's correction over all rows that have
-a p-value; without, it is that row's alone. A reading that changes nothing ([0, 0]) is *not supported*. † A test written
-after the runs it rests on had been seen. Deviations are those of docs/deviations.md that apply.
+HEAD_OF_LEDGER = """\
+Paths of artifacts (in claims.json) are below the folder of this file. An end with a level belongs to an interval; a
+range says what the runs were, not what others would be. A verdict with * holds after Holm's correction over all rows
+that have a p-value; without, it is that row's alone. A reading that changes nothing ([0, 0]) is *not supported*.
+† A test written after the runs it rests on had been seen. Deviations are those of docs/deviations.md that apply.
 """
 AXES = {"step": "optimizer steps", "unet_evals": "UNet evaluations", "seconds": "seconds of training"}
 # kind of test -> columns of the training log, and what is made of them; two arms are compared as a ratio
@@ -263,7 +266,7 @@ def _judge_log(evidence: Evidence, test: Test, row: Verdict) -> Verdict:
 
 def judge_all(evidence: Evidence, claims: list[Claim]) -> list[Verdict]:
     """Every claim and variant in order, with Holm-adjusted p-values over all that have one."""
-    applying = deviations_by_claim()
+    applying = deviations_by_claim(REPOSITORY / DEVIATIONS, REPOSITORY / CLAIMS)
     rows = [
         replace(judge(evidence, claim, variant), deviations=applying.get(claim.id, []))
         for claim in claims

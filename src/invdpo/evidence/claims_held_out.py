@@ -93,11 +93,15 @@ def _judge_correlation_difference(surrogates: np.ndarray, truth: np.ndarray, tes
     means = np.take_along_axis(difference[:, 1:], chosen.T, axis=0).mean(axis=0)
     means = means[~np.isnan(means)]  # of very few pairs, some resamples have a constant side
     low, high = np.percentile(means, [50 * (1 - LEVEL), 50 * (1 + LEVEL)]) if len(means) else (np.nan, np.nan)
-    row = _judge_seeds(difference[:, 0], low, high, test, replace(row, interval=OVER_PROMPTS.replace("prompts", "pairs")))
+    row = _judge_seeds(
+        difference[:, 0], low, high, test, replace(row, interval=OVER_PROMPTS.replace("prompts", "pairs"))
+    )
     if row.verdict != INCONCLUSIVE or row.value is None or row.value == test.threshold:
         return row
     pairs = truth.shape[1]
-    return replace(row, would_settle=f"{needed_units(row.value - test.threshold, means.std(ddof=1), pairs):,} pairs a seed")
+    return replace(
+        row, would_settle=f"{needed_units(row.value - test.threshold, means.std(ddof=1), pairs):,} pairs a seed"
+    )
 
 
 def _judge_seeds(values: np.ndarray, low: float, high: float, test: Test, row: Verdict) -> Verdict:

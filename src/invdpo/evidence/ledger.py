@@ -101,9 +101,9 @@ class Claim(_Strict):
 class Verdict:
     """One row of claims.json. value, low and high are on the scale of the test (a difference, a ratio, a norm).
 
-    interval: what low and high are. prompts: of a test on scores. pairs: held-out ones of a test on an experiment, in each
-    of its `batches` if any. pictures: of a test on inversions or votes. deviations: ids of config/deviations.yaml that
-    apply. artifacts: the files and folders behind the value, below the study's folder.
+    interval: what low and high are. prompts: of a test on scores. pairs: held-out ones of a test on an experiment, in
+    each of its `batches` if any. pictures: of a test on inversions or votes. deviations: ids of config/deviations.yaml
+    that apply. artifacts: the files and folders behind the value, below the study's folder.
     """
 
     id: str
@@ -202,7 +202,10 @@ def judge_table(table: np.ndarray, seeds: int, test: Test, row: Verdict, unit: s
     verdict = decide(interval.low, interval.high, test.threshold, test.direction, seeds)
     reason = one_seed(seeds)
     if verdict != INCONCLUSIVE and p > ALPHA and interval.low < interval.high:
-        verdict, reason = INCONCLUSIVE, f"the interval lies on one side of {test.threshold:g}, the t-test does not see it"
+        verdict, reason = (
+            INCONCLUSIVE,
+            f"the interval lies on one side of {test.threshold:g}, the t-test does not see it",
+        )
     settle = ""
     if verdict == INCONCLUSIVE:
         settle = settle_text(settling_size(table, test.threshold), table.shape, unit)

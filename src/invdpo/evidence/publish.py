@@ -122,8 +122,8 @@ def publish(study: StudyConfig, repository: Path = Path(".")) -> list[Path]:
     provenance.json has the hash of every file, and of the weights, which are not published; ro-crate-metadata.json says
     the same in RO-Crate's terms. Returns the files written below the reference folder.
 
-    The study whose marks README.md has is the one that readers meet first: its verdicts go between them, and its figures
-    and tables lie in paper_figures/ itself. Any other study has paper_figures/<study>/. Tables and figures of
+    The study whose marks README.md has is the one that readers meet first: its verdicts go between them, and its
+    figures and tables lie in paper_figures/ itself. Any other study has paper_figures/<study>/. Tables and figures of
     experiments that the study has not are left out. What an earlier publication of the study left is replaced.
     InvdpoError names what is not made yet.
     """
