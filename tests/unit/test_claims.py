@@ -206,7 +206,8 @@ def test_votes_are_those_that_the_exclusions_leave() -> None:
     found = rows(study)
     row = found["people_prefer_it_to_the_base", "inversion_dpo_implied"]
     assert (row.value, row.low, row.high) == (0.6, 0.52, 0.68) and row.verdict == ledger.SUPPORTED
-    assert "| 0.6 [0.52, 0.68] | 100 pictures |" in claims.to_markdown([row]) and "300 votes of 10 raters" in row.reason
+    assert "| 0.6 [0.52, 0.68] | 95 %, over raters and prompts | 100 pictures |" in claims.to_markdown([row])
+    assert "300 votes of 10 raters" in row.reason
     other = found["people_prefer_it_to_diffusion_dpo", "inversion_dpo_implied"]
     assert other.verdict == ledger.NOT_RUN and "not asked" in other.reason
 
@@ -241,9 +242,8 @@ def test_a_verdict_says_whether_it_outlasts_the_correction() -> None:
     found = rows(make_study(prompts=48))
     strong = [row for row in found.values() if claims.corrected(row)]
     assert strong and all(row.p_holm is not None and row.p_holm <= 0.05 for row in strong)
-    assert "**supported**\\*" in claims.verdict_text(found["dpo_above_base", ""])
-    weak = ledger.replace(found["dpo_above_base", ""], p_holm=0.2)
-    assert claims.verdict_text(weak) == "**supported**"
+    assert claims.verdict_text(strong[0]) == f"**{strong[0].verdict}**\\*"
+    assert claims.verdict_text(ledger.replace(strong[0], p_holm=0.2)) == f"**{strong[0].verdict}**"
 
 
 def test_an_arm_that_falls_again_says_so() -> None:

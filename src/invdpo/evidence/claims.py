@@ -178,10 +178,14 @@ def _judge_speed(evidence: Evidence, test: Test, metric: str, row: Verdict) -> V
 
 
 def _batches(evidence: Evidence, test: Test) -> str:
-    """That the two arms see other numbers of pairs a step, in words; or nothing."""
-    pairs = [evidence.study.arm(arm).training.batch for arm in test.arms]
-    first, second = test.arms
-    return "" if pairs[0] == pairs[1] else f"a step of {first} sees {pairs[0]} pairs, one of {second} {pairs[1]}"
+    """That the two arms saw other numbers of pairs a step, in words; or nothing."""
+    last = [next(iter(evidence.logs[arm].values())).iloc[-1] for arm in test.arms]
+    if any("pairs_seen" not in row for row in last):
+        return ""
+    first, second = (float(row["pairs_seen"] / row["step"]) for row in last)
+    if first == second:
+        return ""
+    return f"a step of {test.arms[0]} sees {first:g} pairs, one of {test.arms[1]} {second:g}"
 
 
 def _judge_rise(evidence: Evidence, test: Test, metric: str, row: Verdict) -> Verdict:
