@@ -12,6 +12,7 @@ rule tables:
         csv=[shown(TABLES[name], f"<results>/tables/{name}.csv", "report/tables.rst", "Tables") for name in TABLES],
         text=expand("<results>/tables/{name}.{format}", name=TABLES, format=["md", "tex"]),
         costs="<results>/costs.json",
+        provenance="<results>/tables/provenance.json",
     log:
         "<logs>/tables.log",
     params:
@@ -48,6 +49,7 @@ rule figures:
     output:
         png=[shown(FIGURES[name], f"<results>/figures/{name}.png", "report/figures.rst", "Figures") for name in FIGURES],
         pdf=expand("<results>/figures/{name}.pdf", name=FIGURES),
+        provenance="<results>/figures/provenance.json",
     log:
         "<logs>/figures.log",
     params:

@@ -17,6 +17,9 @@ from invdpo.config import StudyConfig
 STEPS = 40
 CHECKPOINTS = [10, 20, 40]
 SPREAD = {"oracle_utility": 1.0, "pickscore": 0.01, "clip": 0.02, "aesthetic": 0.5, "hps": 0.01}
+# What every run record and score file says of where it was made.
+STAMP = {"git_commit": "abc", "git_dirty": False, "lock_hash": "l", "device": "cpu", "dtype": "float32",
+         "python": "3.11", "versions": {"torch": "9"}}  # fmt: skip
 # Final gain over the base in units of each score's spread, and UNet evaluations per optimizer step.
 GAINS = {
     "sft": (0.3, 100),
@@ -109,7 +112,8 @@ def make_study(
             frame = pd.DataFrame(rows, columns=[*columns, "scorer_version", "score"])
             path = study.root / "scores" / arm / f"seed{seed}.parquet"
             path.parent.mkdir(parents=True, exist_ok=True)
-            noted = {"config_hash": study.arm(arm).hash, "sampling": study.sampling.model_dump(mode="json")}
+            noted = STAMP | {"config_hash": study.arm(arm).hash, "unet_evals": 100}
+            noted["sampling"] = study.sampling.model_dump(mode="json")
             write_scores(path, frame, noted)
             _write_images(study, arm, seed, 0 if arm == "base" else STEPS, prompts)
             _write_run(study, arm, seed, evals)
@@ -150,9 +154,9 @@ def _write_images(study: StudyConfig, arm: str, seed: int, step: int, prompts: i
 def _write_run(study: StudyConfig, arm: str, seed: int, evals: int) -> None:
     run = study.root / "runs" / arm / f"seed{seed}"
     run.mkdir(parents=True, exist_ok=True)
-    record = {"started": 1_750_000_000.0, "config_hash": study.arm(arm).hash, "git_commit": "abc", "git_dirty": False,
-              "lock_hash": "l", "device": "cpu", "wall_seconds": 12.5, "unet_evals": evals * STEPS,
-              "steps": STEPS if evals else 0} | ({"data_key": 64 * "d"} if evals else {})  # fmt: skip
+    record = STAMP | {"started": 1_750_000_000.0, "config_hash": study.arm(arm).hash, "wall_seconds": 12.5,
+                      "unet_evals": evals * STEPS, "steps": STEPS if evals else 0}  # fmt: skip
+    record |= {"data_key": 64 * "d"} if evals else {}
     (run / "run.json").write_text(json.dumps(record))
     if arm == "base":
         return

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from evidence_fixture import GAINS, make_small_study, make_study
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
@@ -133,7 +134,7 @@ def test_an_import_replaces_what_was_sent_while_it_trained(
     table.parent.mkdir()
     table.write_text("a,b\n")
     for arm in ("q_single", "p_single_n10"):  # the second has not been trained
-        with live.live_run(study, arm, 0, []):
+        with live.live_run(study, arm, 0, [], torch.device("cpu")):
             pass
     assert len(served.live("small")) == 2
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from invdpo.provenance import verify_checksums
+from invdpo.provenance import read_checksums, verify_checksums
 from invdpo.world.card import write_card
 from invdpo.world.scenes import read_caption
 
@@ -41,9 +42,25 @@ def test_every_file_has_its_checksum_and_weights_are_small() -> None:
 
 
 def test_the_card_is_made_from_the_builds(tmp_path: Path) -> None:
-    (tmp_path / "build").symlink_to((ASSETS / "build").resolve())
+    for part in ("build", "base", "scorers"):
+        shutil.copytree(ASSETS / part, tmp_path / part)
     write_card(tmp_path)
     assert (tmp_path / "README.md").read_text() == (ASSETS / "README.md").read_text()
+    (tmp_path / "scorers/other").mkdir()
+    (tmp_path / "scorers/other/model.safetensors").touch()
+    with pytest.raises(KeyError, match="scorers/other"):
+        write_card(tmp_path)
+
+
+def test_the_card_has_the_command_seed_and_hash_of_all_weights() -> None:
+    card, listed = (ASSETS / "README.md").read_text(), read_checksums(ASSETS / "SHA256SUMS")
+    weights, rows = [name for name in listed if name.endswith((".safetensors", ".pth"))], card.split("## Weights")[1]
+    assert len(weights) == 7
+    for name in weights:
+        row = next(line for line in rows.splitlines() if line.startswith(f"| `{name}` |"))
+        step, seed, digest = row.strip("| ").split(" | ")[1:]
+        assert digest == f"`{listed[name]}`" and seed == str(facts(step)["seed"])
+        assert f"| {step} | `{facts(step)['command']}` |" in card
 
 
 def test_a_stock_pipeline_draws_from_the_base() -> None:

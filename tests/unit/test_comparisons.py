@@ -208,7 +208,7 @@ def test_cost_to_target_by_step_by_evaluation_and_in_time() -> None:
     assert (never["status"], never["cost"], never["ratio"], never["never_reached"]) == ("never reached", "", "0", "1")
     assert not [key for key in rows if key[2] in ("base", "diffusion_dpo")]
 
-    spent = json.loads((study.root / "costs.json").read_text())
+    spent = json.loads((study.root / "costs.json").read_text())["arms"]
     timed = spent["inversion_dpo_implied"]["seconds_to_target"]
     assert timed["target"] == "diffusion_dpo"
     seconds = 0.02 * float(step["cost"]) * (1 + 5000 / 1000)

@@ -18,6 +18,16 @@ from invdpo.provenance import sha256_file
 REFERENCE = Path("results/reference")
 STUDIES = sorted(path.parent.name for path in REFERENCE.glob("*/provenance.json"))
 VERSION = "https://w3id.org/ro/crate/1.1"
+# Keys that the Citation File Format 1.2.0 knows, of those that one might write here.
+TOP = {
+    *("abstract", "authors", "cff-version", "commit", "contact", "date-released", "doi", "identifiers", "keywords"),
+    *("license", "license-url", "message", "preferred-citation", "references", "repository", "repository-artifact"),
+    *("repository-code", "title", "type", "url", "version"),
+}
+WORK = {
+    *("abstract", "authors", "conference", "date-published", "doi", "identifiers", "notes", "pages", "publisher"),
+    *("repository-code", "title", "type", "url", "volume-title", "year"),
+}
 
 
 def references(value: Any) -> Iterator[str]:
@@ -84,6 +94,9 @@ def test_the_check_finds_what_is_wrong(tmp_path: Path) -> None:
     text = json.dumps(crate(tmp_path, make_config(), {"git_commit": "def"}, MADE))
     metadata.write_text(text)
     assert broken(tmp_path) == []
+    entities = {entity["@id"]: entity for entity in json.loads(text)["@graph"]}
+    assert entities[entities["./"]["license"]["@id"]]["name"] == "No licence stated"
+    assert not list(Path().glob("LICEN[CS]E*")), "say in the crate which it is"
     metadata.write_text(text.replace('"@id": "#invdpo-def", "@type"', '"@id": "#invdpo-xyz", "@type"'))
     assert broken(tmp_path) == ["#invdpo-def is referred to and nowhere described"]
     metadata.write_text(text)
@@ -98,6 +111,12 @@ def test_the_citation_names_the_software_and_the_paper() -> None:
     assert {"cff-version", "message", "title", "authors"} <= set(content) and content["type"] == "software"
     version = next(line for line in Path("pyproject.toml").read_text().splitlines() if line.startswith("version"))
     assert f'"{content["version"]}"' in version
+    # There is no release and no licence: neither is to be made up.
+    assert not {"date-released", "license"} & set(content)
     paper = content["references"][0]
+    assert set(content) <= TOP and set(paper) <= WORK and content["cff-version"] == "1.2.0"
+    assert all(set(author) == {"name"} for author in content["authors"])
+    assert all(set(author) == {"given-names", "family-names"} for author in paper["authors"])
+    assert set(paper["conference"]) == {"name"} and set(paper["identifiers"][0]) == {"type", "value"}
     assert paper["title"] == "Inversion-DPO: Precise and Efficient Post-Training for Diffusion Models"
     assert len(paper["authors"]) == 10 and "2507.11554" in paper["identifiers"][0]["value"]

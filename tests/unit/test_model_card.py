@@ -20,7 +20,8 @@ MakeStudy = Callable[..., StudyConfig]
 
 
 def test_the_card_says_what_the_checkpoint_is_and_how_to_load_it(tiny_study: MakeStudy, tiny_cache: Path) -> None:
-    study = tiny_study(arms={"dpo": {"method": "diffusion_dpo", "labels": "swapped"}})
+    arm = {"method": "diffusion_dpo", "labels": "swapped", "training": {"checkpoints": [2]}}
+    study = tiny_study(arms={"dpo": arm})
     shutil.copytree(tiny_cache, study.root / "preferences")
     train(study, "dpo", [0], torch.device("cpu"))
     run = study.root / "runs/dpo/seed0"
@@ -29,6 +30,11 @@ def test_the_card_says_what_the_checkpoint_is_and_how_to_load_it(tiny_study: Mak
     digest = sha256_file(run / "unet/diffusion_pytorch_model.safetensors")
     for words in (digest, record["config_hash"], "swapped (a control", "4 steps of 4 pairs", "0.001, ", "## Not for"):
         assert words in text
+    for step in (2, 4):
+        place = f"checkpoints/step{step:06d}/unet"
+        digest = sha256_file(run / place / "diffusion_pytorch_model.safetensors")
+        assert f"`{place}`" in text and f"| `{place}/diffusion_pytorch_model.safetensors` | `{digest}` |" in text
+    assert text.count("| `checkpoints/") == 2
     assert "it is a control, trained on labels that were changed" in text
     assert yaml.safe_load(text.split("---")[1])["base_model"] == study.base
     loaded: dict[str, Any] = {}

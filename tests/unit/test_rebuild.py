@@ -63,6 +63,7 @@ def test_everything_comes_back_byte_for_byte_without_the_study(published: StudyC
     assert found.same, found.text()
     assert (found.folder / "tables/speed.csv").read_text().endswith("measured,2\n")
     assert {"tables/table1.csv", "figures/fig1.png", "claims.json", "claims.md", "costs.json"} <= set(found.equal)
+    assert {"tables/provenance.json", "figures/provenance.json"} <= set(found.equal)
     assert (found.folder / "tables/table1.csv").read_bytes() == (REFERENCE / "tables/table1.csv").read_bytes()
     assert found.folder == Path("results/toy_from_reference") and not list(published.root.glob("*"))
 

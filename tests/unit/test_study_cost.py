@@ -48,7 +48,7 @@ def sdxl(training: dict[str, Any] | None = None, arms: dict[str, Any] | None = N
 
 def committed_costs(name: str) -> dict[str, dict[str, dict[str, float]]]:
     """Arm -> seed -> what its committed run spent."""
-    costs = json.loads((ROOT / "results" / "reference" / name / "costs.json").read_text())
+    costs = json.loads((ROOT / "results" / "reference" / name / "costs.json").read_text())["arms"]
     return {arm: {key: run for key, run in runs.items() if key.startswith("seed")} for arm, runs in costs.items()}
 
 

@@ -35,7 +35,8 @@ def test_every_table_is_written_with_the_right_numbers() -> None:
     study = make_study()
     written = tables.write(study)
     names = {path.name for path in written}
-    assert names == {f"{t}.{k}" for t in tables.TABLES for k in ("csv", "md", "tex")} | {"costs.json"}
+    beside = {"costs.json", "provenance.json"}
+    assert names == {f"{t}.{k}" for t in tables.TABLES for k in ("csv", "md", "tex")} | beside
     rows = {row["arm"]: row for row in read(study.root / "tables/table1.csv")}
     assert list(rows) == study.experiments.comparison.arms  # pyright: ignore
     dpo, base = (load_scores(study.root, "diffusion_dpo"), load_scores(study.root, "base"))
@@ -180,7 +181,7 @@ def test_what_has_not_run_says_so() -> None:
 def test_nothing_run_at_all_still_gives_every_file() -> None:
     study = make_study(skip=tuple(make_config().arms))
     tables.write(study)
-    assert len(figures.write(study)) == 12
+    assert len(figures.write(study)) == 13
     assert all(row["status"].startswith("not run: ") for row in read(study.root / "tables/table1.csv"))
 
 
@@ -206,7 +207,7 @@ def test_same_scores_give_the_same_bytes() -> None:
 
     def write() -> dict[Path, bytes]:
         evidence = load_evidence(study)
-        drawn = figures.save(figures.curves(evidence, "pickscore"), study.root / "figures", "fig3")
+        drawn = figures.save(figures.curves(evidence, "pickscore"), study, "fig3")
         return {path: path.read_bytes() for path in tables.write(study) + drawn}
 
     assert write() == write()

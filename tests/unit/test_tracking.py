@@ -79,6 +79,8 @@ def test_a_run_has_its_curves_tags_and_times(synced) -> None:
         "true",
     )
     assert tags["job_key"] == "toy/comparison/diffusion_dpo/seed1" and run.info.status == "FINISHED"
+    assert (tags["git_commit"], tags["lock_hash"], tags["device"]) == ("abc", "l", "cpu")
+    assert tags["config_hash"] == study.arm("diffusion_dpo").hash
     assert run.data.params["beta"] == "10.0"
     losses = client.get_metric_history(run.info.run_id, "train/loss")
     assert [m.step for m in sorted(losses, key=lambda m: m.step)] == list(range(1, STEPS + 1))

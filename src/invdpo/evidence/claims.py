@@ -39,6 +39,7 @@ from invdpo.evidence.ledger import (
 )
 from invdpo.evidence.load import Evidence, arm_title, config_file, load_evidence, scorer_title, step_families
 from invdpo.evidence.printing import write_text
+from invdpo.evidence.provenance import study_provenance
 from invdpo.evidence.statistics import ALPHA, LEVEL, cost_to_target, holm, mean_interval, settling_size
 from invdpo.files import write_json
 from invdpo.provenance import REPOSITORY
@@ -432,6 +433,8 @@ def write(study: StudyConfig) -> list[Path]:
         raise InvdpoError(f"The study {study.study} has no `claims:`; set it to config/claims.yaml.")
     rows = judge_all(load_evidence(study), load_claims(Path(study.claims)))
     content = [{key: _round(value) for key, value in asdict(row).items()} for row in rows]
-    write_json(study.root / "claims.json", {"study": study.study, "claims": content})
+    write_json(
+        study.root / "claims.json", {"study": study.study, "claims": content, "provenance": study_provenance(study)}
+    )
     write_text(study.root / "claims.md", to_markdown(rows))
     return [study.root / "claims.json", study.root / "claims.md"]

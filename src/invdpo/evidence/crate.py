@@ -51,11 +51,17 @@ def crate(folder: Path, study: StudyConfig, evidence: Mapping[str, Any], made: t
             "description": "Scores of single images, run records, training logs, tables, figures and verdicts of a "
             "reproducibility study of Inversion-DPO.",
             "datePublished": _time(ended).partition("T")[0],
-            "license": "Not stated here: see the repository that this folder is part of.",
+            "license": _ref("#licence"),
             "conformsTo": _ref(PROCESS),
             "hasPart": [_ref(name) for name in names],
             "mentions": [_ref("#run"), _ref("#evidence")],
             "about": _ref(PAPER),
+        },
+        {
+            "@id": "#licence",
+            "@type": "CreativeWork",
+            "name": "No licence stated",
+            "description": "The repository that this folder is part of states no licence yet.",
         },
         {"@id": PROCESS, "@type": "CreativeWork", "name": "Process Run Crate", "version": "0.5"},
         {

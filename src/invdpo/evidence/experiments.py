@@ -64,7 +64,7 @@ def write(study: StudyConfig) -> list[Path]:
         build, figures = EVIDENCE[name]
         paths += write_table(study.root / "tables", name, build(study))
         for figure, draw in figures.items():
-            paths += save(draw(study), study.root / "figures", figure)
+            paths += save(draw(study), study, figure)
     return paths
 
 

@@ -22,6 +22,7 @@ from invdpo.evidence.load import (
     scorer_title,
     step_families,
 )
+from invdpo.evidence.provenance import figure_metadata, write_provenance
 from invdpo.evidence.statistics import Interval, mean_interval, paired_difference
 from invdpo.files import replace_when_done
 
@@ -94,13 +95,13 @@ def new_figure(
     return figure, axes
 
 
-def save(figure: Figure, folder: Path, name: str) -> list[Path]:
-    """Write folder/name.pdf and .png (150 dpi) without dates, and close the figure."""
+def save(figure: Figure, study: StudyConfig, name: str) -> list[Path]:
+    """Write root/figures/name.pdf and .png (150 dpi), which say whose they are, and close the figure."""
     from matplotlib import pyplot
 
     paths = []
-    for kind, metadata in (("pdf", {"CreationDate": None, "ModDate": None}), ("png", {"Software": None})):
-        path = folder / f"{name}.{kind}"
+    for kind, metadata in figure_metadata(study, name).items():
+        path = study.root / "figures" / f"{name}.{kind}"
         with replace_when_done(path) as temporary:
             figure.savefig(temporary, format=kind, dpi=150, metadata=metadata)
         paths.append(path)
@@ -358,12 +359,12 @@ def inversion_steps(evidence: Evidence) -> Figure:
 
 
 def write(study: StudyConfig) -> list[Path]:
-    """Write root/figures/{fig3,fig_s7,fig_s8,fig_oracle,controls,inversion_steps}.{pdf,png}; the paths written."""
+    """Write root/figures/provenance.json and {fig3,fig_s7,fig_s8,fig_oracle,controls,inversion_steps}.{pdf,png}; the
+    paths written."""
     evidence = load_evidence(study)
-    folder = study.root / "figures"
-    written = []
+    written = [write_provenance(study, "figures")]
     for name, metric in CURVES.items():
-        written += save(curves(evidence, metric), folder, name)
+        written += save(curves(evidence, metric), study, name)
     for draw in (controls, inversion_steps):
-        written += save(draw(evidence), folder, draw.__name__)
+        written += save(draw(evidence), study, draw.__name__)
     return written

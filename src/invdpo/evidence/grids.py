@@ -250,5 +250,5 @@ def write(study: StudyConfig) -> list[Path]:
     evidence = load_evidence(study)
     written = []
     for name in CHOICES:
-        written += save(draw(evidence, name), study.root / "figures", name)
+        written += save(draw(evidence, name), study, name)
     return written

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from invdpo.files import replace_when_done
-from invdpo.provenance import weights_hashes
+from invdpo.provenance import sha256_file
 
 if TYPE_CHECKING:
     from invdpo.config import StudyConfig
@@ -29,9 +29,15 @@ def write(study: StudyConfig) -> list[Path]:
                 continue
             record = json.loads((run / "run.json").read_text(encoding="utf-8"))
             with replace_when_done(run / "README.md") as temporary:
-                temporary.write_text(model_card(record, weights_hashes(run), run), encoding="utf-8")
+                temporary.write_text(model_card(record, _weights(run), run), encoding="utf-8")
             written.append(run / "README.md")
     return written
+
+
+def _weights(run: Path) -> dict[str, str]:
+    """Path below the run -> sha256, of its last weights and of every checkpoint's."""
+    files = [path for part in ("unet", "checkpoints") for path in sorted((run / part).rglob("*.safetensors"))]
+    return {path.relative_to(run).as_posix(): sha256_file(path) for path in files}
 
 
 def model_card(record: Mapping[str, Any], weights: Mapping[str, str], run: Path) -> str:
@@ -39,6 +45,7 @@ def model_card(record: Mapping[str, Any], weights: Mapping[str, str], run: Path)
     `run` -> sha256.
     """
     recipe, training = record["recipe"], record["training"]
+    kept = sorted({*training["checkpoints"], record["steps"]})
     changed = " with uncommitted changes" if record["git_dirty"] else ""
     made = {
         "method": f"{recipe['name']}: {recipe['source']}",
@@ -77,11 +84,14 @@ def model_card(record: Mapping[str, Any], weights: Mapping[str, str], run: Path)
         "## Loading",
         "",
         "```python",
-        "from diffusers import StableDiffusionPipeline, UNet2DConditionModel",
+        "from diffusers import DiffusionPipeline, UNet2DConditionModel",
         "",
         f'unet = UNet2DConditionModel.from_pretrained("{run}/unet")',
-        f'pipeline = StableDiffusionPipeline.from_pretrained("{record["base"]}", unet=unet, safety_checker=None)',
+        f'pipeline = DiffusionPipeline.from_pretrained("{record["base"]}", unet=unet)',
         "```",
+        "",
+        "The run's checkpoints, which curves over training are drawn from, load alike, and this card is theirs too: "
+        f"{', '.join(f'`checkpoints/step{step:06d}/unet`' for step in kept)}. `unet` is the last of them.",
         "",
     ]
     if recipe["sampling_branch"] == "unconditional":

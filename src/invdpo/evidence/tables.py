@@ -51,6 +51,7 @@ from invdpo.evidence.load import (
     step_families,
 )
 from invdpo.evidence.printing import Block, Table, format_interval, record_of, steady, triple, write_table
+from invdpo.evidence.provenance import study_provenance, write_provenance
 from invdpo.evidence.statistics import Interval, mean_interval
 from invdpo.files import write_json
 
@@ -353,7 +354,8 @@ TABLES = {
 
 
 def write(study: StudyConfig) -> list[Path]:
-    """Write every table as root/tables/NAME.{csv,md,tex}, and root/costs.json; the paths written."""
+    """Write every table as root/tables/NAME.{csv,md,tex}, root/tables/provenance.json and root/costs.json; the paths
+    written."""
     evidence = load_evidence(study)
     written = []
     for name, build in TABLES.items():
@@ -378,5 +380,5 @@ def write(study: StudyConfig) -> list[Path]:
             if found and (record := reach_record(found))
         }
     path = study.root / "costs.json"
-    write_json(path, spent)
-    return [*written, path]
+    write_json(path, {"study": study.study, "arms": spent, "provenance": study_provenance(study)})
+    return [*written, path, write_provenance(study, "tables")]

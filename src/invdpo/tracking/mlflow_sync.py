@@ -34,6 +34,7 @@ from invdpo.evidence.load import (
 )
 from invdpo.evidence.statistics import mean_interval, win_rate
 from invdpo.tracking.live import QUESTION as LIVE
+from invdpo.tracking.live import end_dead
 from invdpo.tracking.store import (
     arm_tags,
     artifact_folder,
@@ -44,6 +45,7 @@ from invdpo.tracking.store import (
     experiment_name,
     is_locked,
     locked,
+    made_by,
     open_experiment,
     parameters,
     quiet,
@@ -92,15 +94,18 @@ SHOWN_IN = {
 
 @dataclass(frozen=True)
 class SyncReport:
-    """What a sync did: runs imported, left as they were, and deleted; and the database's address."""
+    """What a sync did: runs imported, left as they were, and deleted, and live ones of processes that were killed; and
+    the database's address."""
 
     uri: str
     imported: int
     unchanged: int
     deleted: int
+    killed: int
 
     def __str__(self) -> str:
-        return f"{self.uri}: {self.imported} runs imported, {self.unchanged} unchanged, {self.deleted} deleted"
+        text = f"{self.uri}: {self.imported} runs imported, {self.unchanged} unchanged, {self.deleted} deleted"
+        return text + (f", {self.killed} marked as killed" if self.killed else "")
 
 
 @dataclass(frozen=True)
@@ -216,11 +221,7 @@ def _arm_runs(evidence: Evidence, question: str, arm: str) -> Iterator[_Run]:
             continue
         files = (folder / "run.json", folder / "train.jsonl", root / "scores" / arm / f"seed{seed}.parquet")
         key = f"{study.study}/{question}/{arm}/seed{seed}"
-        tags = arm_tags(study, arm, seed) | {
-            "title": arm_title(arm),
-            "git_commit": str(record.get("git_commit")),
-            "config_hash": str(record.get("config_hash")),
-        }
+        tags = arm_tags(study, arm, seed) | made_by(record) | {"title": arm_title(arm)}
         datasets, model = _datasets(evidence, arm, record), _model(study, arm, seed, record)
         links = [asdict(part) for part in (*datasets, model)]
         digest = _digest([_file_digest(path) for path in files], base_digest, tags, params, links)
@@ -352,8 +353,8 @@ def sync(study: StudyConfig, tracking_uri: str | None = None) -> SyncReport:
     """Bring a tracking store, root/mlflow.db by default, up to date with the files of the study.
 
     A run is imported again only if its files or settings changed; one that an earlier sync left half done, or that the
-    study no longer has, is deleted, and so is what live logging sent of a run that has finished. Several processes may
-    sync at once: they fill a database file one after the other.
+    study no longer has, is deleted, and so is what live logging sent of a run that has finished. A live run whose
+    process was killed becomes KILLED. Several processes may sync at once: they fill a database file one by one.
 
     Raises InvdpoError where the store is locked, damaged, of another MLflow, or does not answer.
     """
@@ -446,8 +447,8 @@ def _bring_up_to_date(
         for run in wanted.values():
             _write(client, experiment, run)
             imported += 1
-    deleted += _replace_live(client, study)
-    return SyncReport(uri, imported, unchanged, deleted)
+    replaced, killed = _replace_live(client, study)
+    return SyncReport(uri, imported, unchanged, deleted + replaced, killed)
 
 
 def _present(client: MlflowClient, experiment: str) -> Iterator[Any]:
@@ -472,19 +473,19 @@ def _delete(client: MlflowClient, run: Any) -> None:
     client.delete_run(run.info.run_id)
 
 
-def _replace_live(client: MlflowClient, study: StudyConfig) -> int:
-    """Delete what live logging sent of runs that are finished, and so imported; how many."""
+def _replace_live(client: MlflowClient, study: StudyConfig) -> tuple[int, int]:
+    """Delete what live logging sent of runs that are finished, and so imported; end that of killed processes. How many
+    of each."""
     experiment = client.get_experiment_by_name(experiment_name(study, LIVE))
     if experiment is None:
-        return 0
-    done = [
-        run
-        for run in _present(client, experiment.experiment_id)
-        if load_run(study.root / "runs" / run.data.tags["arm"] / f"seed{run.data.tags['seed']}") is not None
-    ]
+        return 0, 0
+    done, left = [], []
+    for run in _present(client, experiment.experiment_id):
+        record = load_run(study.root / "runs" / run.data.tags["arm"] / f"seed{run.data.tags['seed']}")
+        (left if record is None else done).append(run)
     for run in done:
         client.delete_run(run.info.run_id)
-    return len(done)
+    return len(done), end_dead(client, study, left)
 
 
 def _write(client: MlflowClient, experiment: str, run: _Run) -> None:

@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -203,6 +203,11 @@ def arm_tags(study: StudyConfig, arm: str, seed: int) -> dict[str, str]:
         "labels": entry.labels,
         "study": study.study,
     }
+
+
+def made_by(record: Mapping[str, Any]) -> dict[str, str]:
+    """Of a run record, the tags that say which code, configuration and libraries made the run, and on what."""
+    return {name: str(record.get(name)) for name in ("git_commit", "config_hash", "lock_hash", "device")}
 
 
 def curve_points(row: dict[str, Any]) -> dict[str, float]:

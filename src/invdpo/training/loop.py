@@ -289,7 +289,8 @@ class Run:
             disable=not ranks.writes,
         )
         lower = remedies(self.arm, ranks)
-        watched = live_run(self.study, self.arm.name, self.seed, progress.rows) if ranks.writes else nullcontext()
+        shown = (self.study, self.arm.name, self.seed, progress.rows, self.device)
+        watched = live_run(*shown) if ranks.writes else nullcontext()
         with bar, stop_requests() as stop, watched as show:
             while progress.step < training.steps:
                 with memory_for(f"{self.name}: step {progress.step + 1}", lower):

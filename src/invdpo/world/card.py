@@ -6,7 +6,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+from invdpo.provenance import sha256_file
+
 STEPS = ("vae", "base", "votes", "clip", "pickscore", "hps", "aesthetic", "quality")
+# place of weights -> the step that makes them
+MAKERS = {
+    "base/vae": "vae",
+    "base/unet": "base",
+    "base/text_encoder": "base",
+    "scorers/clip": "clip",
+    "scorers/pickscore": "pickscore",
+    "scorers/hps": "hps",
+    "scorers/aesthetic": "aesthetic",
+}
 
 INTRODUCTION = """\
 # The shapes world
@@ -31,7 +43,8 @@ and aesthetics are measured in the picture itself by a parser, so every learned 
 
 
 def write_card(out: Path) -> None:
-    """README.md of the assets folder. A step that has not run raises FileNotFoundError with its name."""
+    """README.md of the assets folder. A step that has not run raises FileNotFoundError with its name, weights that no
+    step makes a KeyError."""
     facts = {step: json.loads((out / "build" / f"{step}.json").read_text()) for step in STEPS}
     lines = [
         INTRODUCTION,
@@ -42,6 +55,11 @@ def write_card(out: Path) -> None:
     for step, fact in facts.items():
         lines.append(f"| {step} | `{fact['command']}` | {fact['minutes']} | {fact['hardware']} | {fact['torch']} |")
     lines.append("\nAll of it, in order: `invdpo world build`.\n")
+    lines += ["## Weights\n", "| file | step | seed | sha256 |", "|---|---|---|---|"]
+    for path in sorted(path for kind in ("safetensors", "pth") for path in out.rglob(f"*.{kind}")):
+        name, step = path.relative_to(out), MAKERS[path.parent.relative_to(out).as_posix()]
+        lines.append(f"| `{name}` | {step} | {facts[step]['seed']} | `{sha256_file(path)}` |")
+    lines.append("")
     lines.append("## Seeds, losses and quality\n")
     for step, fact in facts.items():
         lines += [f"### {step}\n", "| | |", "|---|---|", *_rows("", fact), ""]
