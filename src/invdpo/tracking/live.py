@@ -48,7 +48,7 @@ log = logging.getLogger("invdpo")
 QUESTION = "live"
 NOTE = (
     "**Runs while they train.** `invdpo mlflow --tracking-uri` with this server's address replaces those that ended by "
-    "finished ones in the experiments of their questions."
+    "finished ones in the experiments of their questions, and marks as killed those whose process was."
 )
 INTERVAL = 5.0  # s between two messages, each with all steps since the last
 RETRY = 60.0  # s, once the server did not answer
@@ -73,7 +73,7 @@ def _folder(study: StudyConfig) -> str:
 def _hold(path: Path) -> int:
     """A descriptor that alone holds the lock of a file, made where there is none.
 
-    Raises InvdpoError where another process has it.
+    Raises InvdpoError where another process has it, OSError where the file cannot be written or locked at all.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -97,7 +97,7 @@ def _is_dead(study: StudyConfig, run: Any) -> bool:
         if named == run.info.run_id or (here and not named):
             try:
                 os.close(_hold(path))
-            except InvdpoError:
+            except (InvdpoError, OSError):  # held, or in a folder that may not be written or locked here
                 return False
             return True
     # The lock is gone, or a later run has it: this one has ended, if it was here.
