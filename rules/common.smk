@@ -75,7 +75,7 @@ MODULES = {
     "figures": ("evidence/figures", "evidence/grids", *READING),
     "claims": (*CLAIMS, "evidence/printing", *READING),
     "model_cards": ("evidence/model_card",),
-    "report": ("evidence/report", *CLAIMS, "evidence/figures", "evidence/printing", *READING),
+    "report": ("evidence/report", "evidence/deviations", *CLAIMS, "evidence/figures", "evidence/printing", *READING),
     "mlflow": ("tracking", "evidence/ledger", *READING),
     "tune": ("tuning", *TRAINING, *EVALUATION),
     "experiments": EXPERIMENTS,
