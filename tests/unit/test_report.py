@@ -366,7 +366,7 @@ def test_the_cost_table_has_seconds_and_memory_where_they_were_noted(study: Stud
     table = report.load_tables(study)["costs"]
     rows = {row[0]: row for row in table.blocks[0].rows}
     assert table.blocks[0].head[-2:] == ["Seconds", "Peak memory, GiB"]
-    assert rows["Diffusion-DPO"][-3:] == ["10,000", "11 (9 to 14)", "1.5"]
+    assert rows["Diffusion-DPO"][-3:] == ["10,000", "11.0 (9.0 to 14.0)", "1.50"]
     assert rows["Base"][-2:] == rows["SFT"][-2:] == ["–", "–"], "one spent nothing, the other is not known"
     assert ", on cpu, where other jobs" in table.notes[-1]
     path.unlink()

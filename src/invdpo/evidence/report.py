@@ -297,16 +297,18 @@ def with_seconds(table: ShownTable, study: StudyConfig) -> ShownTable:
         if not any(run["step"] for run in runs):
             return ["–", "–"]
         seconds = [run["seconds"] for run in runs]
-        mean, low, high = (f"{x:.3g}" for x in (float(np.mean(seconds)), min(seconds), max(seconds)))
+        mean, low, high = (
+            f"{x:,.0f}" if x >= 100 else f"{x:.1f}" for x in (float(np.mean(seconds)), min(seconds), max(seconds))
+        )
         memory = max(run["peak_memory_bytes"] for run in runs) / 2**30
-        return [f"{mean} ({low} to {high})", f"{memory:.3g}"]
+        return [f"{mean} ({low} to {high})", f"{memory:#.3g}"]
 
     rows = [[*row, *cells(arm)] for row, arm in zip(block.rows, arms, strict=True)]
     head = [*block.head, "Seconds", "Peak memory, GiB"]
     note = (
         f"Seconds of training (mean and range over training seeds) and the highest peak memory, on {machines(study)}, "
         "where other jobs of the study may have run at the same time. They differ between two runs, so no other table "
-        f"holds them: they are in {study.root / 'costs.json'}."
+        f"holds them: they are in `{study.root / 'costs.json'}`."
     )
     return replace(table, notes=[*table.notes, note], blocks=[replace(block, head=head, rows=rows)])
 

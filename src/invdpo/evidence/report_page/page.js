@@ -51,8 +51,9 @@ function verdicts() {
     const target = location.hash.length > 1 && $(decodeURIComponent(location.hash.slice(1)));
     if (!target) return;
     if (target.hidden || target.closest("[hidden]")) show("");
-    for (let node = target; node; node = node.parentElement) if (node.tagName === "DETAILS") node.open = true;
-    target.scrollIntoView();
+    const closed = target.closest("details");
+    if (closed) closed.open = true;
+    (closed ?? target).scrollIntoView();
   };
   addEventListener("hashchange", reveal);
   reveal();
