@@ -339,33 +339,25 @@ def verdict_parts(rows: Sequence[Verdict], deviations: Mapping[str, Deviation]) 
     claims: dict[str, list[Verdict]] = {}
     for row in rows:
         claims.setdefault(row.id, []).append(row)
-    parts = []
-    for part, title, words in (("paper", PAPER, PLACES), ("own", OWN, THEMES)):
-        groups: dict[str, list[list[Verdict]]] = {name: [] for name in words}
-        for readings in claims.values():
-            first = readings[0]
-            if bool(first.quote) == (part == "paper"):
-                name = first.locus.split(",")[0] if first.quote else first.test["kind"]
-                groups.setdefault(name, []).append(readings)
-        shown = [
-            {
-                "id": f"{part}-{re.sub(r'[^a-z0-9]+', '-', name.lower())}",
-                "title": _group_title(part, name),
-                "claims": [_claim(readings, deviations) for readings in found],
-            }
-            for name, found in groups.items()
-            if found
-        ]
-        if shown:
-            parts.append({"id": part, "title": title, "groups": shown})
-    return parts
+    parts: dict[str, dict[str, list[dict[str, Any]]]] = {
+        PAPER: {place: [] for place in PLACES},
+        OWN: {kind: [] for kind in THEMES},
+    }
+    for readings in claims.values():
+        first = readings[0]
+        part, name = (PAPER, first.locus.split(",")[0]) if first.quote else (OWN, first.test["kind"])
+        parts[part].setdefault(name, []).append(_claim(readings, deviations))
+    return [
+        {"title": part, "own": part == OWN, "groups": [_group(name, found) for name, found in groups.items() if found]}
+        for part, groups in parts.items()
+        if any(groups.values())
+    ]
 
 
-def _group_title(part: str, name: str) -> str:
-    if part == "paper":
-        return f"{name[0].upper()}{name[1:]}" + (f": {PLACES[name]}" if name in PLACES else "")
-    words = THEMES.get(name, name)
-    return f"{words[0].upper()}{words[1:]}"
+def _group(name: str, claims: list[dict[str, Any]]) -> dict[str, Any]:
+    words = f"{name}: {PLACES[name]}" if name in PLACES else THEMES.get(name, name)
+    anchor = re.sub("[^a-z0-9]+", "-", name.lower())
+    return {"id": f"claims-{anchor}", "title": f"{words[0].upper()}{words[1:]}", "claims": claims}
 
 
 def _claim(readings: Sequence[Verdict], deviations: Mapping[str, Deviation]) -> dict[str, Any]:
@@ -383,7 +375,7 @@ def _claim(readings: Sequence[Verdict], deviations: Mapping[str, Deviation]) -> 
 def overview(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """All verdicts in one table: a row a group, a column a reading of the method, a mark a test.
 
-    `columns` holds (variant, title); readings with fewer than COLUMN tests share the last one.
+    Readings with fewer than COLUMN tests share the last column.
     """
     claims = [claim for part in parts for group in part["groups"] for claim in group["claims"]]
     tests = Counter(reading["variant"] for claim in claims for reading in claim["readings"])
@@ -391,22 +383,23 @@ def overview(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if set(tests) - set(columns):
         columns[""] = "Others" if columns else "Tests"
 
-    def cells(part: Mapping[str, Any], group: Mapping[str, Any]) -> list[list[dict[str, str]]]:
-        found: dict[str, list[dict[str, str]]] = {variant: [] for variant in columns}
+    def line(group: Mapping[str, Any]) -> dict[str, Any]:
+        cells: dict[str, list[dict[str, str]]] = {variant: [] for variant in columns}
         for claim in group["claims"]:
             for reading in claim["readings"]:
-                column = reading["variant"] if reading["variant"] in columns else ""
-                words = f"{claim['question']} {reading['name']}: {reading['verdict']}"
-                mark = {"verdict": reading["verdict"], "mark": reading["mark"], "words": words, "claim": claim["id"]}
-                found[column].append(mark)
-        return list(found.values())
+                mark = {"verdict": reading["verdict"], "mark": reading["mark"], "claim": claim["id"]}
+                mark["words"] = f"{claim['question']} {reading['name']}: {reading['verdict']}"
+                cells[reading["variant"] if reading["variant"] in columns else ""].append(mark)
+        return {"id": group["id"], "title": group["title"], "cells": list(cells.values())}
 
     rows = []
     for part in parts:
-        lines = [{"id": group["id"], "title": group["title"], "cells": cells(part, group)} for group in part["groups"]]
-        marks = [mark for line in lines for cell in line["cells"] for mark in cell]
+        lines = [line(group) for group in part["groups"]]
+        marks = [mark for row in lines for cell in row["cells"] for mark in cell]
         count = sum(len(group["claims"]) for group in part["groups"])
-        rows.append({"id": part["id"], "title": part["title"], "claims": count, "tests": tally(marks), "lines": lines})
+        rows.append(
+            {"title": part["title"], "own": part["own"], "claims": count, "tests": tally(marks), "lines": lines}
+        )
     return {"columns": list(columns.values()), "parts": rows}
 
 
