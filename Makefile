@@ -1,6 +1,7 @@
 # make reproduce [STUDY=shapes|smoke|…]   install what is missing, run the study, say where the results are
 #                [ARGS="-n --forcerun tables"]  any options of Snakemake
-# make tables [STUDY=shapes]              every table, figure and verdict of a published study, from its published scores
+# make tables [STUDY=shapes]              every table, figure and verdict of a published study, and the report as a page,
+#                                         from its published scores: results/STUDY_from_reference/report.html
 #                [ARGS=--publish]         and put what differs in place of what was published
 # make plan [STUDY=…] [ARGS="--gpu H100 --gpus 8"]
 #                                         say what a study will cost, before anything is fetched or trained

@@ -56,7 +56,7 @@ TRAINING = (*ENCODING, "training", "objectives", "likelihood", "inversion", "typ
 WORLD = ("world/oracle", "world/benchmarks", "world/parser", "world/render", "world/scenes")
 EVALUATION = ("evaluate", "prompts", "sampling", "scorers", "inversion", "types", *ENCODING[1:], *WORLD)
 READING = ("evidence/load", "evidence/statistics", "scorers/composition")
-CLAIMS = ("evidence/claims", "evidence/claims_held_out", "evidence/ledger")
+CLAIMS = ("evidence/claims", "evidence/claims_held_out", "evidence/deviations", "evidence/ledger")
 EXPERIMENTS = ("experiments", "evidence/statistics", *TRAINING, *EVALUATION)
 
 MODULES = {

@@ -14,6 +14,7 @@ rule report:
         runs=RUNS,
         curves=CURVES,
         page=local("src/invdpo/evidence/report_page"),
+        deviations=local(Path(study.claims).with_name("deviations.yaml")) if study.claims else [],
     output:
         "<results>/report.html",
     log:

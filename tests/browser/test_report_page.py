@@ -1,26 +1,37 @@
-"""The report in a real browser, opened as a file: filters, curves, sorting, pictures, keyboard, and a phone's width."""
+"""The report in a real browser, opened as a file: filters, curves, sorting, pictures, keyboard, and a phone's width.
+
+Of a made-up study, and of the reference study as it is published.
+"""
 
 from __future__ import annotations
 
 import io
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 from evidence_fixture import make_study, write_scores
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 
-from invdpo.config import StudyConfig
+from invdpo.config import StudyConfig, load_study
 from invdpo.evidence import claims, report, tables
+from invdpo.evidence.ledger import read_verdicts
 from invdpo.evidence.load import load_evidence
+from invdpo.evidence.rebuild import REFERENCE
 
 PATIENCE = 60_000  # ms; a busy machine is slow, not wrong
 DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 HOSTILE = "</script><script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">"
 PROMPTS = 12
+ROOT = Path(__file__).resolve().parents[2]
+PUBLISHED = ROOT / REFERENCE / "shapes"
+MOST_BYTES = 15_000_000
 
 
 @pytest.fixture(scope="module")
@@ -39,11 +50,22 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StudyConfig]:
         yield study
 
 
-@pytest.fixture
-def visit(chromium: Browser, study: StudyConfig) -> Iterator[Callable[..., Page]]:
+@pytest.fixture(scope="module")
+def reference_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of the README's study, made from nothing else than what is in the repository."""
+    path = tmp_path_factory.mktemp("reference") / "report.html"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        study = load_study(PUBLISHED / "study.json").placed(PUBLISHED)
+        path.write_text(report.page(study), encoding="utf-8")
+    return path
+
+
+@contextmanager
+def visiting(chromium: Browser, file: Path) -> Iterator[Callable[..., Page]]:
     """Opens the page; fails the test for any request beyond the file itself and for any error on the console."""
     contexts, requests, errors = [], [], []
-    url = (study.root / "report.html").resolve().as_uri()
+    url = file.resolve().as_uri()
 
     def new(**options: object) -> Page:
         context = chromium.new_context(**({"viewport": DESKTOP} | options))
@@ -60,8 +82,22 @@ def visit(chromium: Browser, study: StudyConfig) -> Iterator[Callable[..., Page]
     yield new
     for context in contexts:
         context.close()
-    assert [asked for asked in requests if asked != url and not asked.startswith(("data:", "blob:"))] == []
+    assert [
+        asked for asked in requests if asked.split("#")[0] != url and not asked.startswith(("data:", "blob:"))
+    ] == []
     assert errors == []
+
+
+@pytest.fixture
+def visit(chromium: Browser, study: StudyConfig) -> Iterator[Callable[..., Page]]:
+    with visiting(chromium, study.root / "report.html") as new:
+        yield new
+
+
+@pytest.fixture
+def visit_reference(chromium: Browser, reference_page: Path) -> Iterator[Callable[..., Page]]:
+    with visiting(chromium, reference_page) as new:
+        yield new
 
 
 def pictures(page: Page) -> Page:
@@ -99,6 +135,50 @@ def test_verdicts_come_first_and_are_filtered(visit: Callable[..., Page]) -> Non
     assert f"{wanted} of {every} shown" in page.locator("#verdicts-shown").inner_text()
     button.click()
     assert page.locator(".reading:visible").count() == every
+
+
+def test_the_overview_comes_before_the_list_and_leads_into_it(visit: Callable[..., Page]) -> None:
+    page = visit()
+    marks = page.locator(".overview .mark")
+    assert marks.count() == page.locator(".reading").count() > 100
+    assert len(set(texts(page, ".overview .mark"))) == 4, "a shape a verdict, not a colour alone"
+    box = page.locator(".overview").bounding_box()
+    assert box is not None and box["y"] < DESKTOP["height"] / 2, "on the first screen"
+    page.locator('[data-filter="not run"]').click()
+    mark = page.locator(".overview .mark.supported").first
+    claim = page.locator(mark.get_attribute("href") or "")
+    expect(claim).to_be_hidden()
+    mark.click()
+    expect(claim).to_be_in_viewport()
+    row = page.locator(".overview tbody th a").first
+    row.focus()
+    page.keyboard.press("Enter")
+    expect(page.locator(row.get_attribute("href") or "")).to_be_in_viewport()
+
+
+def test_a_link_into_what_is_closed_opens_it(visit: Callable[..., Page]) -> None:
+    page = visit()
+    entry = page.locator("#deviation-sign")
+    expect(entry).to_be_hidden()
+    page.evaluate("location.hash = 'deviation-sign'")
+    expect(entry).to_be_in_viewport()
+    link = entry.get_by_role("link").first
+    link.click()
+    expect(page.locator(link.get_attribute("href") or "")).to_be_in_viewport()
+
+
+def test_on_paper_everything_is_open_and_nothing_is_cut(visit: Callable[..., Page]) -> None:
+    page = visit(color_scheme="dark")
+    closed = page.locator("details.block:not([open])").count()
+    page.emulate_media(media="print", color_scheme="dark")
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert closed > 0 and page.locator("details.block:not([open])").count() == 0
+    cut = "[...document.querySelectorAll('.scroll')].filter(e => getComputedStyle(e).overflowY !== 'visible').length"
+    assert page.evaluate(cut) == 0
+    expect(page.locator("nav")).to_be_hidden()
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert page.locator("details.block:not([open])").count() == closed
 
 
 def test_a_verdict_opens_by_keyboard_to_files_and_command(visit: Callable[..., Page]) -> None:
@@ -158,7 +238,7 @@ def test_tables_sort_numbers_as_numbers_and_missing_ones_last(visit: Callable[..
     head = table.get_by_role("columnheader", name="UNet evaluations")
 
     def column() -> list[str]:
-        return [row.split("\t")[-1] for row in table.locator("tbody").inner_text().splitlines()]
+        return [row.split("\t")[3] for row in table.locator("tbody").inner_text().splitlines()]
 
     original = column()
     numbers = sorted(int(text.replace(",", "")) for text in original)
@@ -295,3 +375,84 @@ def test_words_stand_out_from_what_is_behind_them(visit: Callable[..., Page], sc
             for text in page.locator(selector).first.evaluate(COLOURS)
         ]
         assert report.contrast(*colours) >= 4.5, (selector, colours)
+
+
+def test_the_reference_study_has_a_small_page_with_every_claim(
+    visit_reference: Callable[..., Page], reference_page: Path
+) -> None:
+    assert reference_page.stat().st_size < MOST_BYTES
+    page = visit_reference()
+    rows = read_verdicts(PUBLISHED / "claims.json")
+    ids = page.evaluate("[...document.querySelectorAll('article.claim')].map(e => e.id)")
+    assert sorted(ids) == sorted({f"claim-{row.id}" for row in rows}) and len(ids) > 40
+    for name in {row.id for row in rows}:
+        readings = [row for row in rows if row.id == name]
+        assert page.locator(f"#claim-{name} h5").inner_text().startswith(readings[0].question)
+        badges = [f"{report.MARKS[row.verdict]} {row.verdict}" for row in readings]
+        assert texts(page, f"#claim-{name} .badge") == badges
+    assert page.locator("main > section").first.get_attribute("id") == "verdicts"
+    assert page.locator(".overview .mark").count() == len(rows)
+
+
+@pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_reference_studys_page_never_scrolls_sideways(
+    visit_reference: Callable[..., Page], size: dict[str, int], scheme: str
+) -> None:
+    page = visit_reference(viewport=size, color_scheme=scheme)
+    assert no_sideways_scroll(page)
+    page.evaluate("document.querySelectorAll('details').forEach(node => node.open = true)")
+    pictures(page).locator("#all-scores").check()
+    assert no_sideways_scroll(page)
+
+
+def test_the_reference_studys_pictures_stand_side_by_side_with_their_scores(
+    visit_reference: Callable[..., Page],
+) -> None:
+    page = pictures(visit_reference())
+    arms, scorer = ["diffusion_dpo", "inversion_dpo_implied"], "pickscore"
+    page.locator("#first").select_option(arms[0])
+    page.locator("#second").select_option(arms[1])
+    page.locator("#picture-score").select_option(scorer)
+    scores = {}
+    for arm in arms:
+        images = pq.read_table(PUBLISHED / "images" / arm / "seed0.parquet").to_pandas()
+        rows = pd.read_parquet(PUBLISHED / "scores" / arm / "seed0.parquet")
+        rows = rows[(rows["scorer"] == scorer) & rows["image_sha256"].isin(images["sha256"])]
+        scores[arm] = rows.set_index("prompt")["score"]
+    gain = (scores[arms[1]] - scores[arms[0]]).dropna()
+    assert gain.min() < 0 < gain.max() and f"{len(gain)} of 96 prompts" in page.locator("#pictures .note").inner_text()
+    page.locator("#more").click()
+    for order, expected in (("win", gain.sort_values(ascending=False)), ("loss", gain.sort_values())):
+        page.locator("#order").select_option(order)
+        if page.locator("#more").is_visible():
+            page.locator("#more").click()
+        assert gains(page) == pytest.approx(expected.tolist(), abs=1e-5)
+        row = page.locator("#rows .row").first
+        assert str(expected.index[0]) in row.locator("h3").inner_text()
+        tiles = [row.locator(f".tile.main[data-arm={arm}]") for arm in arms]
+        boxes = [tile.bounding_box() for tile in tiles]
+        assert boxes[0] is not None and boxes[1] is not None
+        assert boxes[0]["y"] == boxes[1]["y"] and boxes[0]["x"] + boxes[0]["width"] <= boxes[1]["x"]
+        for tile, arm in zip(tiles, arms, strict=True):
+            assert float(tile.locator(".score").inner_text()) == pytest.approx(scores[arm][expected.index[0]], rel=1e-3)
+            assert "blob:" in tile.locator(".image").evaluate("node => getComputedStyle(node).backgroundImage")
+
+
+def test_the_reference_studys_curves_and_tables_answer(visit_reference: Callable[..., Page]) -> None:
+    page = visit_reference()
+    line = page.locator("#plot g[data-arm=inversion_dpo_implied] path.line")
+    seen = set()
+    for axis, words in (("step", "optimizer steps"), ("unet_evals", "UNet evaluations"), ("seconds", "seconds")):
+        page.locator(f"input[name=axis][value={axis}]").check(force=True)
+        expect(page.locator("#plot svg")).to_have_attribute("aria-label", re.compile(words))
+        seen.add(line.get_attribute("d"))
+    assert len(seen) == 3
+    head = page.locator("#table-costs").get_by_role("columnheader", name="Seconds")
+    column = head.evaluate("node => node.cellIndex")
+    for order in ("ascending", "descending"):
+        head.get_by_role("button").click()
+        expect(head).to_have_attribute("aria-sort", order)
+        cells = texts(page, f"#table-costs tbody tr > :nth-child({column + 1})")
+        values = [float(text.split(" ")[0]) for text in cells if text != "–"]
+        assert len(values) > 20 and values == sorted(values, reverse=order == "descending")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,6 +67,22 @@ def test_everything_comes_back_byte_for_byte_without_the_study(published: StudyC
     assert {"tables/provenance.json", "figures/provenance.json"} <= set(found.equal)
     assert (found.folder / "tables/table1.csv").read_bytes() == (REFERENCE / "tables/table1.csv").read_bytes()
     assert found.folder == Path("results/toy_from_reference") and not list(published.root.glob("*"))
+
+
+def test_the_report_comes_with_it_and_says_which_pictures_it_has(published: StudyConfig) -> None:
+    shutil.rmtree(published.root)
+    done = CliRunner().invoke(app, ["rebuild", "toy", "--out", "again"], catch_exceptions=False)
+    assert done.exit_code == 0 and "again/report.html: open it in a browser" in done.output
+    page = Path("again/report.html").read_text()
+    data = json.loads(re.findall(r'id="picture-data">(.*?)</script>', page)[0])
+    rows = pd.read_parquet(REFERENCE / "images/sft/seed0.parquet")
+    assert [text.rsplit(" ", 1)[1] for text in data["prompts"]] == [str(number) for number in rows["prompt_id"]]
+    assert data["arms"] == ARMS and data["seeds"] == {arm: [0] for arm in ARMS}
+    text = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", "", page))
+    assert "There are pictures of 2 of 8 prompts and of 3 of 7 runs: a study is published with those" in text
+    assert "make reproduce STUDY=toy makes the others" in text
+    assert "From again/tables/table1.csv, made by uv run invdpo rebuild toy" in text
+    assert "snakemake again/" not in text and "What is missing" not in text
 
 
 def test_a_published_number_that_the_scores_do_not_give_is_found(published: StudyConfig) -> None:

@@ -9,7 +9,7 @@ import io
 import json
 import re
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -168,6 +168,30 @@ def test_the_budget_keeps_the_first_prompts_and_the_page_says_so(
     assert "pictures" not in Parts(report.page(study, budget=100)).ids()
 
 
+def test_prompts_without_pictures_are_dropped_and_the_page_says_so(study: StudyConfig) -> None:
+    """As in a published study, which has the pictures of its figures alone."""
+    shutil.rmtree(study.root / "images" / "q_single")
+    for arm, lacking in (("sft", [1]), ("base", [1, 4])):
+        path = study.root / "images" / arm / "seed0.parquet"
+        rows = pd.read_parquet(path)
+        rows[~rows["prompt_id"].isin(lacking)].to_parquet(path)
+    parts = Parts(report.page(study))
+    data = parts.json("picture-data")
+    assert [text.rsplit(" ", 1)[1] for text in data["prompts"]] == ["0", "2", "3", "5"] and "q_single" not in data[
+        "arms"
+    ]
+    rows = pd.read_parquet(study.root / "scores" / "sft" / "seed0.parquet")
+    rows = rows[(rows["step"] == 40) & (rows["scorer"] == "clip")].set_index("prompt_id")
+    assert data["scores"]["sft"]["clip"][0][3] == pytest.approx(rows.at[5, "score"], rel=1e-3)  # pyright: ignore
+    runs = 3 * (len(study.arms) - 1) + 1
+    text = re.sub(r"\s+", " ", parts.text)
+    assert f"There are pictures of 4 of 6 prompts and of {runs - 3} of {runs} runs. make reproduce STUDY=toy" in text
+    pd.read_parquet(study.root / "images" / "sft" / "seed0.parquet").head(0).to_parquet(
+        study.root / "images" / "sft" / "seed0.parquet"
+    )
+    assert "pictures" not in Parts(report.page(study)).ids()
+
+
 def test_large_pictures_are_scaled_down(study: StudyConfig) -> None:
     for path in (study.root / "images").rglob("*.parquet"):
         rows = pd.read_parquet(path)
@@ -186,9 +210,6 @@ def test_pictures_that_were_not_scored_are_refused(study: StudyConfig) -> None:
     rows.to_parquet(path)
     with pytest.raises(InvdpoError, match="sft/seed1.parquet: not the pictures that were scored"):
         report.page(study)
-    rows[rows["prompt_id"] != 3].to_parquet(path)
-    with pytest.raises(InvdpoError, match=r"no image of prompt \('test', '3'\) at step 40"):
-        report.page(study)
 
 
 def test_text_cannot_break_out_of_the_page(study: StudyConfig) -> None:
@@ -200,11 +221,14 @@ def test_text_cannot_break_out_of_the_page(study: StudyConfig) -> None:
     verdicts["claims"][0]["question"] = verdicts["claims"][1]["reason"] = HOSTILE
     write_json(study.root / "claims.json", verdicts)
     table = study.root / "tables" / "costs.md"
-    table.write_text(table.read_text().replace("| Base |", f"| {HOSTILE.replace('|', '')} |"))
+    table.write_text(
+        table.read_text().replace("| Base |", f"| {HOSTILE.replace('|', '')} |").replace("4,000", "**<b>**")
+    )
     page = report.page(study)
     parts = Parts(page)
     assert set(parts.scripts) == {"data", "picture-data", ""} and parts.json("picture-data")["prompts"][1] == HOSTILE
-    assert parts.text.count(HOSTILE) == 3 and "{{ 7*7 }}" in parts.text
+    assert parts.text.count(HOSTILE) > 2 and "{{ 7*7 }}" in parts.text
+    assert "<strong>&lt;b&gt;</strong>" in page, "what a table sets in bold is bold"
     assert not [tag for tag, attributes in parts.tags if tag == "img" and "onerror" in attributes]
     data = parts.scripts["data"] + parts.scripts["picture-data"]
     assert not set("<>&\u2028") & set(data), "a comment or a script could begin or end there"
@@ -232,16 +256,84 @@ def test_every_verdict_is_there_with_what_lies_behind_it(study: StudyConfig, par
     for row in rows:
         assert row.question in parts.text and row.command in parts.text
         assert row.value is None or claims.value_text(row) in parts.text
-    by_id = {entry["question"]: entry for group in report.verdict_groups(rows) for entry in group["claims"]}
-    assert len(by_id) == len({row.id for row in rows})
+    loaded = [claim.id for claim in ledger.load_claims(Path(study.claims or ""))]
+    anchors = [(a.get("id") or "").removeprefix("claim-") for tag, a in parts.tags if tag == "article"]
+    assert sorted(anchors) == sorted(loaded), "each claim of the ledger once"
+
+
+def test_the_overview_holds_every_verdict_and_sets_the_studys_questions_apart(study: StudyConfig, parts: Parts) -> None:
+    rows = ledger.read_verdicts(study.root / "claims.json")
+    found = report.overview(report.verdict_parts(rows, {}))
+    paper, own = found["parts"]
+    assert paper["claims"] == len({row.id for row in rows if row.quote}) > 20
+    assert own["claims"] == len({row.id for row in rows if not row.quote}) > 10
+    for part, quoted in ((paper, True), (own, False)):
+        verdicts = [row.verdict for row in rows if bool(row.quote) == quoted]
+        assert part["tests"] == [(name, report.MARKS[name], verdicts.count(name)) for name in report.MARKS
+                                 if name in verdicts]  # fmt: skip
+        marks = [mark for line in part["lines"] for cell in line["cells"] for mark in cell]
+        assert sorted(mark["verdict"] for mark in marks) == sorted(verdicts)
+    assert [line["title"].split(":")[0] for line in paper["lines"]][:5] == [f"Table {k}" for k in (1, 2, 3, "S4", "S5")]
+    assert found["columns"][:3] == [f"Inversion-DPO ({name})" for name in ("Eq. 16", "released code", "implied noise")]
+    column = [mark for part in found["parts"] for line in part["lines"] for mark in line["cells"][0]]
+    assert len(column) == sum(row.variant == "inversion_dpo_paper" for row in rows)
+    for name, _, n in paper["tests"]:
+        assert f"{n} {name}" in parts.text
+
+
+def test_a_place_or_a_test_without_a_title_has_a_group_of_its_own(study: StudyConfig) -> None:
+    row = next(row for row in ledger.read_verdicts(study.root / "claims.json") if row.quote)
+    odd = [replace(row, locus="appendix Z, line 3"), replace(row, id="own", quote="", test=row.test | {"kind": "cost"})]
+    titles = [group["title"] for part in report.verdict_parts(odd, {}) for group in part["groups"]]
+    assert titles == ["Appendix Z", "Cost"]
+
+
+@dataclass(frozen=True)
+class Noted(ledger.Verdict):
+    """A verdict that names its deviations and says what its interval is."""
+
+    deviations: list[str] = field(default_factory=list)
+    interval: str = ""
+
+
+def test_a_verdict_names_its_interval_and_the_deviations_that_apply(
+    study: StudyConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = ledger.read_verdicts(study.root / "claims.json")
+    first = next(row for row in rows if row.low is not None and row.p_holm is not None)
+    noted = Noted(**vars(first) | {"deviations": ["sign", "not_in_the_list"], "interval": "range of 3 seeds"})
+    monkeypatch.setattr(report, "read_verdicts", lambda path: [noted])
+    page = report.page(study)
+    parts = Parts(page)
+    reading = page[page.index('<details class="reading"') : page.index("</details>")]
+    assert "<dt>Interval</dt><dd>range of 3 seeds</dd>" in reading
+    assert f"<dt>p, Holm over all claims</dt><dd>{noted.p_holm:.2g}</dd>" in reading
+    assert '<a href="#deviation-sign">Sign of the log-ratio</a>; <code>not_in_the_list</code>' in reading
+    assert "deviation-sign" in {a.get("id") for _, a in parts.tags}
+    sign = page[page.index('id="deviation-sign"') :]
+    assert "Plus in the two recipes that follow the paper" in sign[: sign.index("</dl>")]
+    monkeypatch.setattr(report, "read_verdicts", lambda path: [first])
+    plain = report.page(study)
+    assert "<dt>Interval</dt>" not in plain and "Deviations that apply" not in plain
+
+
+def test_links_lead_to_what_is_on_the_page(parts: Parts) -> None:
+    ids = [a["id"] for _, a in parts.tags if "id" in a]
+    links = {(a.get("href") or "")[1:] for tag, a in parts.tags if tag == "a"}
+    assert len(ids) == len(set(ids)) and len(links) > 60 and links <= set(ids)
+
+
+def test_code_between_backticks_is_code_and_nothing_else_is_markup() -> None:
+    assert report.ticked("run `make <x>`, then & `b`") == "run <code>make &lt;x&gt;</code>, then &amp; <code>b</code>"
+    assert report.ticked("one ` alone <b>") == "one ` alone &lt;b&gt;"
 
 
 def test_marks_of_a_claims_readings_share_a_scale(study: StudyConfig) -> None:
     row = next(row for row in ledger.read_verdicts(study.root / "claims.json") if row.value is not None)
     wide = replace(row, value=0.0, low=-1.0, high=3.0)
     open_ended = replace(row, value=1.0, low=0.5, high=None)
-    (group,) = report.verdict_groups([wide, open_ended])
-    first, second = (reading["plot"] for reading in group["claims"][0]["readings"])
+    (part,) = report.verdict_parts([wide, open_ended], {})
+    first, second = (reading["plot"] for reading in part["groups"][0]["claims"][0]["readings"])
     assert first["low"] < first["threshold"] == first["value"] < first["high"]
     assert first["value"] < second["low"] < second["value"] < first["high"] < second["high"] == 100
 
@@ -261,7 +353,24 @@ def test_a_csv_without_md_joins_values_with_their_intervals(tmp_path: Path) -> N
     path = tmp_path / "speed.csv"
     path.write_text("arm,rate,rate_low,rate_high,note\nsft,2,1,3,\nbase,5,,,x\n")
     block = report.read_csv_block(path)
-    assert (block.head, block.rows) == (["arm", "rate", "note"], [["SFT", "2 [1, 3]", "–"], ["Base", "5", "x"]])
+    assert (block.head, block.rows) == (["Arm", "Rate", "Note"], [["SFT", "2 [1, 3]", "–"], ["Base", "5", "x"]])
+
+
+def test_the_cost_table_has_seconds_and_memory_where_they_were_noted(study: StudyConfig) -> None:
+    path = study.root / "costs.json"
+    spent = json.loads(path.read_text())
+    for seed, seconds in enumerate((9.0, 10.0, 14.0)):
+        spent["diffusion_dpo"][f"seed{seed}"] |= {"seconds": seconds, "peak_memory_bytes": (1 + seed) * 2**29}
+    del spent["sft"]
+    write_json(path, spent)
+    table = report.load_tables(study)["costs"]
+    rows = {row[0]: row for row in table.blocks[0].rows}
+    assert table.blocks[0].head[-2:] == ["Seconds", "Peak memory, GiB"]
+    assert rows["Diffusion-DPO"][-3:] == ["10,000", "11.0 (9.0 to 14.0)", "1.50"]
+    assert rows["Base"][-2:] == rows["SFT"][-2:] == ["–", "–"], "one spent nothing, the other is not known"
+    assert ", on cpu, where other jobs" in table.notes[-1]
+    path.unlink()
+    assert report.load_tables(study)["costs"].blocks[0].head[-1] == "UNet evaluations"
 
 
 def test_the_controls_are_those_of_the_table(study: StudyConfig, parts: Parts) -> None:

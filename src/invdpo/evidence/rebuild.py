@@ -1,4 +1,4 @@
-"""Every table, figure and verdict of a published study again, from the files that were published with it.
+"""Every table, figure and verdict of a published study again, and its report, from the files published with it.
 
 Nothing is trained, sampled or scored: the stages of evidence read scores, logs and csv files, which lie in
 results/reference/<study>/ as they do in results/<study>/ after a run, and are run here on a copy of them.
@@ -14,7 +14,7 @@ from typing import Any
 
 from invdpo.config import StudyConfig, load_study
 from invdpo.errors import InvdpoError
-from invdpo.evidence import claims, experiments, figures, grids, tables
+from invdpo.evidence import claims, experiments, figures, grids, report, tables
 from invdpo.evidence.publish import MADE, PROVENANCE, shown
 from invdpo.files import replace_when_done, write_json
 from invdpo.provenance import lock_hash, sha256_file
@@ -29,11 +29,12 @@ ELSEWHERE = ("tables/speed.", "tables/table_s4.", "tables/user_study.")
 class Rebuilt:
     """What came of the published files: equal byte for byte, different, not made any more, or made and not published.
 
-    study: the study with `folder`, where all of it was made, as its root.
+    study: the study with `folder`, where all of it was made, as its root. page: the report, which is not published.
     """
 
     folder: Path
     study: StudyConfig
+    page: Path
     equal: list[str]
     different: list[str]
     not_made: list[str]
@@ -50,6 +51,7 @@ class Rebuilt:
         lines += [f"  {name}: differs from the published one" for name in self.different]
         lines += [f"  {name}: published, and not made any more" for name in self.not_made]
         lines += [f"  {name}: not published yet" for name in self.unpublished]
+        lines += [f"{self.page}: open it in a browser: verdicts, curves, tables, pictures"]
         return "\n".join(lines)
 
 
@@ -68,8 +70,9 @@ def read_reference(name: str, reference: Path = REFERENCE) -> dict[str, Any]:
 def rebuild(name: str, target: Path | None = None, reference: Path = REFERENCE) -> Rebuilt:
     """Make the evidence of a published study again in `target` (default: results/<name>_from_reference) and compare.
 
-    Raises InvdpoError for a study that is not published or not published whole, published files that were changed
-    or are missing, and a target that something else than this function made.
+    The report is written there as well; its image browser has the pictures that were published. Raises InvdpoError for
+    a study that is not published or not published whole, published files that were changed or are missing, and a target
+    that something else than this function made.
     """
     source, target = reference / name, target or Path("results") / f"{name}_from_reference"
     listed = read_reference(name, reference)
@@ -101,10 +104,13 @@ def rebuild(name: str, target: Path | None = None, reference: Path = REFERENCE) 
         now = {path.relative_to(folder).as_posix() for path in parts} - set(inputs)
         now |= {file for file in MADE if (folder / file).is_file()}
         made = {file: sha256_file(folder / file) for file in sorted(now)}
+    placed = study.placed(target)
+    (page,) = report.write(placed)  # where the study now lies: the page names its files
     there = {file: sha256_file(source / file) for file in outputs if (source / file).is_file()}
     return Rebuilt(
         target,
-        study.placed(target),
+        placed,
+        page,
         [file for file in outputs if file in made and made[file] == there.get(file)],
         [file for file in outputs if file in made and made[file] != there.get(file)],
         [file for file in outputs if file not in made],

@@ -3,6 +3,8 @@
 Verdicts and tables are plain HTML; `report_page/page.js` adds filters, sorting, curves and the image browser from data
 embedded as JSON. The page's own policy forbids every request and every script but that one, whatever a prompt holds.
 Pictures are packed as WebP, one sheet an arm and seed, up to IMAGE_BUDGET. Same inputs, same bytes.
+
+`invdpo rebuild` makes the same page from what is published of a study: all but the pictures that no figure shows.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,12 +26,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow.parquet as pq
 from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from PIL import Image
 
 from invdpo.config import MEASURED, tuned_file
 from invdpo.errors import InvdpoError
 from invdpo.evidence.claims import measured_text, size_text, value_text
+from invdpo.evidence.deviations import Deviation, load_deviations
 from invdpo.evidence.figures import BLACK, curve_intervals, method_colour
 from invdpo.evidence.ledger import INCONCLUSIVE, NOT_RUN, NOT_SUPPORTED, SUPPORTED, Verdict, read_verdicts
 from invdpo.evidence.load import (
@@ -55,6 +58,31 @@ QUALITY = 95  # of WebP
 DARK_BACKGROUND = "#14171b"  # --card of page.css in dark mode
 MODES = ("light", "dark")
 MARKS = {SUPPORTED: "✓", NOT_SUPPORTED: "✗", INCONCLUSIVE: "?", NOT_RUN: "–"}
+PAPER, OWN = "What the paper says", "What this study asks"
+# Where a sentence of the paper stands, in the paper's order -> what it is about. Of several places the first counts.
+PLACES = {
+    "Table 1": "scores",
+    "Table 2": "composition",
+    "Table 3": "number of inversion steps",
+    "Table S4": "votes of people",
+    "Table S5": "one timestep of p or of q",
+    "Figure 3": "speed by optimizer step",
+    "section 1": "speed by work and time",
+    "section 4.1": "the loss",
+    "section 4.2": "rewards and pairs",
+    "section 5.4": "the course of training",
+    "section S10": "inversion and sampling",
+    "section S14": "cost",
+}
+# kind of test -> what a question of the study with such a test is about
+THEMES = {
+    "gradient": "the gradient where training starts",
+    "difference": "scores and label controls",
+    "agreement": "the log-ratio and the true one",
+    "distance": "movement of the weights",
+    "round_trip": "inversion and sampling",
+}
+COLUMN = 5  # tests that name a reading of the method before it has a column of its own in the overview
 
 
 @dataclass(frozen=True)
@@ -134,6 +162,7 @@ FIGURES = {
     },
 }
 TITLES = {"speed": "Speed and memory of the code", "tuning": "The tuning grid"}
+HEADS = {"peak_mib": "Peak MiB"}  # columns of a csv file that are not called by their name
 
 
 @dataclass(frozen=True)
@@ -146,7 +175,7 @@ class ShownTable:
     blocks: Sequence[Block]
     source: str
     command: str
-    figures: Sequence[Mapping[str, str]] = ()
+    figures: Sequence[Mapping[str, Any]] = ()
 
 
 @dataclass(frozen=True)
@@ -157,9 +186,19 @@ class Missing:
     command: str
 
 
-def snakemake_command(study: StudyConfig, target: str) -> str:
-    """The command that makes one file of the study. Targets stand first: --configfile takes all that follows it."""
-    return f"uv run snakemake {target} --configfile config/{study.study}.yaml"
+def published(study: StudyConfig) -> bool:
+    """Whether these are the results that were published of a study, or were made from them."""
+    return (study.root / "provenance.json").is_file()  # `invdpo publish` writes it, and no stage of a run
+
+
+def command_for(study: StudyConfig, *paths: Path) -> str:
+    """The command that makes files of the study from what is there, or runs what they are made from.
+
+    Targets stand first: --configfile takes all that follows it.
+    """
+    if published(study):
+        return f"make reproduce STUDY={study.study}"
+    return f"uv run snakemake {' '.join(map(str, paths))} --configfile config/{study.study}.yaml"
 
 
 def read_markdown(text: str) -> tuple[str, list[str], list[Block]]:
@@ -195,7 +234,7 @@ def read_csv_block(path: Path) -> Block:
 
     def cell(record: dict[str, str], name: str) -> str:
         value = record[name]
-        if name in ("arm", "method"):
+        if name in ("arm", "method", "what"):
             return arm_title(value)
         if name == "metric":
             return scorer_title(value)
@@ -205,7 +244,7 @@ def read_csv_block(path: Path) -> Block:
         return value or "–"
 
     rows = [[cell(record, name) for name in shown] for record in records]
-    return Block("", [name.replace("_", " ") for name in shown], rows)
+    return Block("", [HEADS.get(name, name.replace("_", " ").capitalize()) for name in shown], rows)
 
 
 def load_tables(study: StudyConfig) -> dict[str, ShownTable]:
@@ -227,15 +266,57 @@ def load_tables(study: StudyConfig) -> dict[str, ShownTable]:
         for figure, alt in FIGURES.get(name, {}).items():
             picture = study.root / "figures" / f"{figure}.png"
             if picture.exists():
-                data = base64.b64encode(picture.read_bytes()).decode()
-                figures.append({"alt": alt, "source": str(picture), "data": f"data:image/png;base64,{data}"})
-        command = snakemake_command(study, str(path))
+                figures.append(_figure(picture, alt))
+        command = f"uv run invdpo rebuild {study.study}" if published(study) else command_for(study, path)
         found[name] = ShownTable(name, title, notes, blocks, str(path), command, figures)
+    if "costs" in found and (study.root / "costs.json").is_file():
+        found["costs"] = with_seconds(found["costs"], study)
     grid = tuned_file(study.study).with_suffix(".csv")
     if study.tuning and grid.exists():
         command = f"make tune STUDY={study.study}"
         found["tuning"] = ShownTable("tuning", TITLES["tuning"], [], [read_csv_block(grid)], str(grid), command)
     return {name: table for name, table in found.items() if any(block.rows for block in table.blocks)}
+
+
+def _figure(picture: Path, alt: str) -> dict[str, Any]:
+    with Image.open(picture) as image:
+        width, height = image.size  # the page keeps the place of what it has not decoded yet
+    data = f"data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}"
+    return {"alt": alt, "source": str(picture), "data": data, "width": width, "height": height}
+
+
+def with_seconds(table: ShownTable, study: StudyConfig) -> ShownTable:
+    """The cost table with what differs between two runs and is in costs.json alone: seconds, and peak memory in GiB."""
+    spent = json.loads((study.root / "costs.json").read_text(encoding="utf-8"))["arms"]
+    with (study.root / "tables" / "costs.csv").open(encoding="utf-8", newline="") as stream:
+        arms = [row["arm"] for row in csv.DictReader(stream)]
+    (block,) = table.blocks
+
+    def cells(arm: str) -> list[str]:
+        runs = [run for name, run in spent.get(arm, {}).items() if name.startswith("seed") and "step" in run]
+        if not any(run["step"] for run in runs):
+            return ["–", "–"]
+        seconds = [run["seconds"] for run in runs]
+        mean, low, high = (
+            f"{x:,.0f}" if x >= 100 else f"{x:.1f}" for x in (float(np.mean(seconds)), min(seconds), max(seconds))
+        )
+        memory = max(run["peak_memory_bytes"] for run in runs) / 2**30
+        return [f"{mean} ({low} to {high})", f"{memory:#.3g}"]
+
+    rows = [[*row, *cells(arm)] for row, arm in zip(block.rows, arms, strict=True)]
+    head = [*block.head, "Seconds", "Peak memory, GiB"]
+    note = (
+        f"Seconds of training (mean and range over training seeds) and the highest peak memory, on {machines(study)}, "
+        "where other jobs of the study may have run at the same time. They differ between two runs, so no other table "
+        f"holds them: they are in `{study.root / 'costs.json'}`."
+    )
+    return replace(table, notes=[*table.notes, note], blocks=[replace(block, head=head, rows=rows)])
+
+
+def machines(study: StudyConfig) -> str:
+    """What the study was trained on, by name."""
+    names = dict.fromkeys(str(run["device"]) for kind, run in records(study) if kind == "training" and run["device"])
+    return ", ".join(names) or "a machine that no run names"
 
 
 def sections(tables: Mapping[str, ShownTable]) -> list[dict[str, Any]]:
@@ -249,22 +330,91 @@ def sections(tables: Mapping[str, ShownTable]) -> list[dict[str, Any]]:
     return built
 
 
-def verdict_groups(rows: Sequence[Verdict]) -> list[dict[str, Any]]:
-    """The verdicts for the page: the paper's sentences and the study's questions, each claim with its readings."""
-    groups = {"What the paper says": [], "What this study asks": []}
-    for claim in dict.fromkeys(row.id for row in rows):
-        readings = [row for row in rows if row.id == claim]
+def verdict_parts(rows: Sequence[Verdict], deviations: Mapping[str, Deviation]) -> list[dict[str, Any]]:
+    """The verdicts for the page: the paper's sentences by the place where they stand, then the study's own questions,
+    which quote nothing, by what they are about; each claim with its readings.
+
+    deviations: by id, those that the page explains.
+    """
+    claims: dict[str, list[Verdict]] = {}
+    for row in rows:
+        claims.setdefault(row.id, []).append(row)
+    parts: dict[str, dict[str, list[dict[str, Any]]]] = {
+        PAPER: {place: [] for place in PLACES},
+        OWN: {kind: [] for kind in THEMES},
+    }
+    for readings in claims.values():
         first = readings[0]
-        scale = _scale(readings)
-        entry = {
-            "question": first.question,
-            "locus": first.locus,
-            "quote": first.quote,
-            "paper_value": first.paper_value,
-            "readings": [_reading(row, scale) for row in readings],
-        }
-        groups["What this study asks" if first.locus == "this study" else "What the paper says"].append(entry)
-    return [{"title": title, "claims": claims} for title, claims in groups.items() if claims]
+        part, name = (PAPER, first.locus.split(",")[0]) if first.quote else (OWN, first.test["kind"])
+        parts[part].setdefault(name, []).append(_claim(readings, deviations))
+    return [
+        {"title": part, "own": part == OWN, "groups": [_group(name, found) for name, found in groups.items() if found]}
+        for part, groups in parts.items()
+        if any(groups.values())
+    ]
+
+
+def _group(name: str, claims: list[dict[str, Any]]) -> dict[str, Any]:
+    words = f"{name}: {PLACES[name]}" if name in PLACES else THEMES.get(name, name)
+    anchor = re.sub("[^a-z0-9]+", "-", name.lower())
+    return {"id": f"claims-{anchor}", "title": f"{words[0].upper()}{words[1:]}", "claims": claims}
+
+
+def _claim(readings: Sequence[Verdict], deviations: Mapping[str, Deviation]) -> dict[str, Any]:
+    first, scale = readings[0], _scale(readings)
+    return {
+        "id": first.id,
+        "question": first.question,
+        "locus": "" if first.locus == "this study" else first.locus,
+        "quote": first.quote,
+        "paper_value": first.paper_value,
+        "readings": [_reading(row, scale, deviations) for row in readings],
+    }
+
+
+def overview(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """All verdicts in one table: a row a group, a column a reading of the method, a mark a test.
+
+    Readings with fewer than COLUMN tests share the last column.
+    """
+    claims = [claim for part in parts for group in part["groups"] for claim in group["claims"]]
+    tests = Counter(reading["variant"] for claim in claims for reading in claim["readings"])
+    columns = {variant: arm_title(variant) for variant, n in tests.items() if variant and n >= COLUMN}
+    if set(tests) - set(columns):
+        columns[""] = "Others" if columns else "Tests"
+
+    def line(group: Mapping[str, Any]) -> dict[str, Any]:
+        cells: dict[str, list[dict[str, str]]] = {variant: [] for variant in columns}
+        for claim in group["claims"]:
+            for reading in claim["readings"]:
+                mark = {"verdict": reading["verdict"], "mark": reading["mark"], "claim": claim["id"]}
+                mark["words"] = f"{claim['question']} {reading['name']}: {reading['verdict']}"
+                cells[reading["variant"] if reading["variant"] in columns else ""].append(mark)
+        return {"id": group["id"], "title": group["title"], "cells": list(cells.values())}
+
+    rows = []
+    for part in parts:
+        lines = [line(group) for group in part["groups"]]
+        marks = [mark for row in lines for cell in row["cells"] for mark in cell]
+        count = sum(len(group["claims"]) for group in part["groups"])
+        rows.append(
+            {"title": part["title"], "own": part["own"], "claims": count, "tests": tally(marks), "lines": lines}
+        )
+    return {"columns": list(columns.values()), "parts": rows}
+
+
+def ticked(text: str) -> Markup:
+    """Text in which what stands between backticks is code."""
+    parts = text.split("`")
+    if len(parts) % 2 == 0:
+        return escape(text)
+    return Markup("").join(Markup("<code>{}</code>").format(part) if k % 2 else part for k, part in enumerate(parts))
+
+
+def tally(marks: Iterable[Mapping[str, str]]) -> list[tuple[str, str, int]]:
+    """(verdict, mark, how many) of those that there are."""
+    counts = Counter(mark["verdict"] for mark in marks)
+    return [(name, mark, counts[name]) for name, mark in MARKS.items() if counts[name]]
 
 
 def _scale(readings: Sequence[Verdict]) -> tuple[float, float] | None:
@@ -278,7 +428,7 @@ def _scale(readings: Sequence[Verdict]) -> tuple[float, float] | None:
     return low - margin, high + margin
 
 
-def _reading(row: Verdict, scale: tuple[float, float] | None) -> dict[str, Any]:
+def _reading(row: Verdict, scale: tuple[float, float] | None, deviations: Mapping[str, Deviation]) -> dict[str, Any]:
     plot = None
     if row.value is not None and scale is not None:
 
@@ -294,6 +444,7 @@ def _reading(row: Verdict, scale: tuple[float, float] | None) -> dict[str, Any]:
         }
     facts = {
         "Measured": measured_text(row),
+        "Interval": getattr(row, "interval", "") if row.low is not None else "",
         "Test": f"{row.test['kind']}: {row.test['direction']} than {row.test['threshold']:g}",
         "Seeds x prompts": size_text(row),
         "Seeds that agree": "" if row.seeds_agreeing is None else f"{row.seeds_agreeing} of {row.seeds}",
@@ -303,15 +454,48 @@ def _reading(row: Verdict, scale: tuple[float, float] | None) -> dict[str, Any]:
         "Would settle it": row.would_settle,
     }
     return {
+        "variant": row.variant,
         "name": arm_title(row.variant) if row.variant else measured_text(row),
         "verdict": row.verdict,
         "mark": MARKS[row.verdict],
         "ours": value_text(row),
         "plot": plot,
+        "settle": row.would_settle if row.would_settle[:1].isdigit() else "",
         "facts": {name: text for name, text in facts.items() if text and text != "–"},
+        "deviations": [(name, deviations[name].title if name in deviations else "") for name in _deviations(row)],
         "artifacts": row.artifacts,
         "command": row.command,
     }
+
+
+def _deviations(row: Verdict) -> list[str]:
+    """Ids of the deviations that bear on a verdict; none in a ledger that was written before it named them."""
+    return getattr(row, "deviations", [])
+
+
+def deviations_beside(study: StudyConfig) -> dict[str, Deviation]:
+    """The list of deviations that lies beside the study's claims, by id; empty where there is none."""
+    path = Path(study.claims or "").with_name("deviations.yaml") if study.claims else None
+    return {one.id: one for one in load_deviations(path)} if path is not None and path.is_file() else {}
+
+
+def deviation_entries(deviations: Mapping[str, Deviation], rows: Sequence[Verdict]) -> list[dict[str, Any]]:
+    """The deviations for the page, with the questions that measure them where the page has them."""
+    questions = {row.id: row.question for row in rows}
+    return [
+        {
+            "id": one.id,
+            "title": one.title,
+            "sides": [("Paper", one.paper), ("Released code", one.code), ("This study", one.study)],
+            "why": one.why,
+            "expected": one.expected,
+            "claims": [(name, questions.get(name, "")) for name in one.measured.claims],
+            "arms": one.measured.arms,
+            "recipes": one.measured.recipes,
+            "nothing": one.measured.nothing or "",
+        }
+        for one in deviations.values()
+    ]
 
 
 def number(value: float, digits: int = 6) -> float | None:
@@ -365,6 +549,7 @@ def curve_data(evidence: Evidence) -> dict[str, Any] | None:
         "costs": costs,
         "seeds": max(len(evidence.scores[arm].seeds) for arm in arms),
         "prompts": len(evidence.scores[arms[0]].prompts),
+        "machine": machines(study),
     }
 
 
@@ -426,10 +611,12 @@ def contrast(first: str, second: str) -> float:
 def image_data(evidence: Evidence, budget: int = IMAGE_BUDGET) -> dict[str, Any] | None:
     """What the image browser shows; None without pictures.
 
-    Pictures of the last checkpoint of every arm and seed, for the first prompts in the order of the prompt file: as
-    many as fit `budget` characters of base64. `sheets[arm][k]` holds them for seed `seeds[arm][k]`, row by row with
-    `columns` tiles each; `scores[arm][scorer][k]` one number a prompt, None where the score does not exist. The arms
-    that are compared at first: the base, and the arm of the comparison with the highest mean of the primary score.
+    Pictures of the last checkpoint of every arm and seed that has a file, for the first prompts in the order of the
+    prompt file that all these files hold: as many as fit `budget` characters of base64. `sheets[arm][k]` holds them for
+    seed `seeds[arm][k]`, row by row with `columns` tiles each; `scores[arm][scorer][k]` one number a prompt, None where
+    the score does not exist. The arms that are compared at first: the base, and the arm of the comparison with the
+    highest mean of the primary score. `pictured` of `total` prompts and `runs[0]` of `runs[1]` arms and seeds that were
+    scored have pictures.
     """
     study = evidence.study
     order = dict.fromkeys([*comparison_arms(study), *study.arms])
@@ -438,12 +625,18 @@ def image_data(evidence: Evidence, budget: int = IMAGE_BUDGET) -> dict[str, Any]
     if not files:
         return None
     entry = evidence.scores[next(iter(files))]
-    prompts = sorted(zip(entry.prompts, entry.texts, strict=True), key=lambda prompt: _file_order(prompt[0]))
+    # A published study comes with the pictures that its figures show, and its columns do not all show the same prompts.
+    last = {arm: evidence.scores[arm].steps[-1] for arm in files}
+    held = set.intersection(*(_held(study, arm, seed, last[arm]) for arm, found in files.items() for seed in found))
+    prompts = [prompt for prompt in zip(entry.prompts, entry.texts, strict=True) if prompt[0] in held]
+    if not prompts:
+        return None
+    prompts.sort(key=lambda prompt: _file_order(prompt[0]))
     keys = [key for key, _ in prompts]
 
     def pack(count: int, seeds: int | None = None) -> dict[str, list[_Sheet]]:
         return {
-            arm: [_sheet(study, arm, seed, evidence.scores[arm].steps[-1], keys[:count]) for seed in found[:seeds]]
+            arm: [_sheet(study, arm, seed, last[arm], keys[:count]) for seed in found[:seeds]]
             for arm, found in files.items()
         }
 
@@ -474,7 +667,9 @@ def image_data(evidence: Evidence, budget: int = IMAGE_BUDGET) -> dict[str, Any]
         "arms": list(files),
         "seeds": {arm: list(found) for arm, found in files.items()},
         "prompts": [text for _, text in prompts[:count]],
-        "total": len(keys),
+        "pictured": len(keys),
+        "total": len(entry.prompts),
+        "runs": [sum(map(len, files.values())), sum(len(scored.seeds) for scored in evidence.scores.values())],
         "base": base,
         "first": base if base in files else list(files)[0],
         "second": best,
@@ -499,6 +694,13 @@ def _file_order(key: tuple[str, str]) -> tuple[str, int, str]:
 
 def _pictured(study: StudyConfig, arm: str, seeds: Iterable[int]) -> list[int]:
     return [seed for seed in seeds if (study.root / "images" / arm / f"seed{seed}.parquet").exists()]
+
+
+def _held(study: StudyConfig, arm: str, seed: int, step: int) -> set[tuple[str, str]]:
+    """The prompts of a file's pictures at that step."""
+    path = study.root / "images" / arm / f"seed{seed}.parquet"
+    rows = pq.read_table(path, columns=["prompt_set", "prompt_id"], filters=[("step", "=", step)]).to_pydict()
+    return {(str(name), str(number)) for name, number in zip(rows["prompt_set"], rows["prompt_id"], strict=True)}
 
 
 @dataclass(frozen=True)
@@ -542,7 +744,10 @@ def _sheet(study: StudyConfig, arm: str, seed: int, step: int, keys: Sequence[tu
 
 
 def _pictures(path: Path, step: int, keys: Sequence[tuple[str, str]]) -> tuple[list[Image.Image], list[str]]:
-    """One picture and its hash a prompt, in order. A few rows are held at a time: a file may be a gigabyte."""
+    """One picture and its hash a prompt, in order. A few rows are held at a time: a file may be a gigabyte.
+
+    keys: prompts whose pictures the file holds.
+    """
     wanted, found = set(keys), {}
     columns = ["step", "prompt_set", "prompt_id", "sha256", "png"]
     for batch in pq.ParquetFile(path).iter_batches(batch_size=64, columns=columns):
@@ -553,9 +758,8 @@ def _pictures(path: Path, step: int, keys: Sequence[tuple[str, str]]) -> tuple[l
                 with Image.open(io.BytesIO(png)) as image:
                     found[key] = image.convert("RGB"), digest
         if len(found) == len(wanted):
-            return [found[key][0] for key in keys], [found[key][1] for key in keys]
-    lacking = next(key for key in keys if key not in found)
-    raise InvdpoError(f"{path}: no image of prompt {lacking} at step {step}, which has scores. Evaluate the arm again.")
+            break
+    return [found[key][0] for key in keys], [found[key][1] for key in keys]
 
 
 def records(study: StudyConfig) -> list[tuple[str, dict[str, Any]]]:
@@ -637,35 +841,44 @@ def missing_parts(evidence: Evidence, tables: Mapping[str, ShownTable]) -> list[
     study = evidence.study
     lacking = []
     if study.claims and not (study.root / "claims.json").exists():
-        lacking.append(
-            Missing("the verdicts have not been judged", snakemake_command(study, str(study.root / "claims.json")))
-        )
+        lacking.append(Missing("the verdicts have not been judged", command_for(study, study.root / "claims.json")))
     for arm in study.arms:
         seeds = [0] if study.arms[arm].method == "no_training" else study.seeds
         scored = [seed for seed in seeds if (study.root / "scores" / arm / f"seed{seed}.parquet").is_file()]
-        for part, there in (("scores", scored), ("images", _pictured(study, arm, seeds))):
+        # Of a published study's pictures the browser itself says which they are.
+        pictured = seeds if published(study) else _pictured(study, arm, seeds)
+        for part, there in (("scores", scored), ("images", pictured)):
             without = [seed for seed in seeds if seed not in there]
             if without:
-                files = " ".join(str(study.root / part / arm / f"seed{seed}.parquet") for seed in without)
+                files = (study.root / part / arm / f"seed{seed}.parquet" for seed in without)
                 which = f"seed{'s' if len(without) > 1 else ''} {', '.join(map(str, without))}"
-                lacking.append(Missing(f"{arm_title(arm)}, {which}: no {part}", snakemake_command(study, files)))
+                lacking.append(Missing(f"{arm_title(arm)}, {which}: no {part}", command_for(study, *files)))
     for name in study.experiments.measured:
         if name not in tables:
             path = study.root / "tables" / f"{name}.csv"
-            lacking.append(Missing(f"the experiment {name} has no table", snakemake_command(study, str(path))))
+            lacking.append(Missing(f"the experiment {name} has no table", command_for(study, path)))
     if evidence.scores and not (study.root / "tables" / "table1.csv").exists():
         path = study.root / "tables" / "table1.csv"
-        lacking.append(Missing("the tables have not been written", snakemake_command(study, str(path))))
+        lacking.append(Missing("the tables have not been written", command_for(study, path)))
     return lacking
 
 
 def commands(study: StudyConfig) -> list[tuple[str, str]]:
     """What to type, and what it does."""
-    name, root = study.study, study.root
+    name = study.study
     arm = next((arm for arm in study.arms if study.arms[arm].method != "no_training"), next(iter(study.arms)))
+    again = [
+        (f"make tables STUDY={name}", "all but the pictures again from what is published, in minutes, and compared"),
+        (
+            f"uv run invdpo trace table1:{arm}:PickScore --reference --study config/{name}.yaml",
+            "the way from a number to its scores, images and recipe",
+        ),
+    ]
+    page = command_for(study, study.root / "report.html")
     return [
+        *(again if published(study) else []),
         (f"make reproduce STUDY={name}", "the whole study, this page included; what is finished is kept"),
-        (snakemake_command(study, str(root / "report.html")), "this page, and whatever of its inputs is missing"),
+        *([] if published(study) else [(page, "this page, and whatever of its inputs is missing")]),
         (
             f"uv run invdpo train --study config/{name}.yaml --arm {arm} --seed {study.seeds[0]}",
             "one training run; with evaluate in place of train, its pictures and scores",
@@ -703,7 +916,8 @@ def page(study: StudyConfig, budget: int = IMAGE_BUDGET) -> str:
             f"{study.root} has neither scores nor verdicts to report. Run the study first: "
             f"make reproduce STUDY={study.study}"
         )
-    tables = load_tables(study)
+    tables, deviations = load_tables(study), deviations_beside(study)
+    parts = verdict_parts(rows, deviations)
     images = image_data(evidence, budget) if evidence.scores else None
     looks = styles(study)
     light, dark = ("".join(f"--arm{k}:{look[mode]};" for k, look in enumerate(looks.values())) for mode in MODES)
@@ -714,16 +928,18 @@ def page(study: StudyConfig, budget: int = IMAGE_BUDGET) -> str:
         arm: {"title": look["title"], "colour": f"var(--arm{k})", "dash": look["dash"]}
         for k, (arm, look) in enumerate(looks.items())
     }
-    counts = Counter(row.verdict for row in rows)
     names = {scorer: scorer_title(scorer) for scorer in evidence.scorers}
     environment_of = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment_of.filters["ticked"] = ticked
     return environment_of.from_string(_source("page.html")).render(
         study=study,
         policy=f"default-src 'none'; img-src data: blob:; script-src {_digest(script)}; style-src {_digest(style)}",
         style=Markup(style),
         script=Markup(script),
-        counts=[(name, MARKS[name], counts[name]) for name in MARKS if counts[name]],
-        verdicts=verdict_groups(rows),
+        counts=tally({"verdict": row.verdict} for row in rows),
+        verdicts=parts,
+        overview=overview(parts),
+        deviations=deviation_entries(deviations, rows) if rows else [],
         sections=sections(tables),
         missing=missing_parts(evidence, tables),
         environment=environment(study, records(study)),
@@ -731,6 +947,7 @@ def page(study: StudyConfig, budget: int = IMAGE_BUDGET) -> str:
         prompts=max((len(entry.prompts) for entry in evidence.scores.values()), default=0),
         curves=curves,
         images=images,
+        published=published(study),
         quality=QUALITY,
         data=embedded({"arms": arms, "names": names, "chart": curves, "controls": controls_data(study)}),
         pictures=embedded(images),

@@ -38,7 +38,7 @@ function verdicts() {
   const show = (wanted) => {
     for (const button of buttons) button.setAttribute("aria-pressed", String(button.dataset.filter === wanted));
     for (const reading of readings) reading.hidden = wanted !== "" && reading.dataset.verdict !== wanted;
-    for (const part of document.querySelectorAll(".claim, .group"))
+    for (const part of document.querySelectorAll(".claim, .group, .part"))
       part.hidden = !part.querySelector(".reading:not([hidden])");
     const shown = readings.filter((reading) => !reading.hidden).length;
     $("verdicts-shown").textContent = `${shown} of ${readings.length} shown.`;
@@ -46,6 +46,27 @@ function verdicts() {
   for (const button of buttons)
     button.addEventListener("click", () => show(button.getAttribute("aria-pressed") === "true" ? "" : button.dataset.filter));
   if (buttons.length) show("");
+  // A link of the page may point at what a filter hides, or into what is closed.
+  const reveal = () => {
+    const target = location.hash.length > 1 && $(decodeURIComponent(location.hash.slice(1)));
+    if (!target) return;
+    if (target.hidden || target.closest("[hidden]")) show("");
+    const closed = target.closest("details");
+    if (closed) closed.open = true;
+    (closed ?? target).scrollIntoView();
+  };
+  addEventListener("hashchange", reveal);
+  reveal();
+}
+
+// --- Print: tables are opened and closed again; what readers opened stays open.
+function printing() {
+  let opened = [];
+  addEventListener("beforeprint", () => {
+    opened = [...document.querySelectorAll("details.block:not([open])")];
+    for (const node of opened) node.open = true;
+  });
+  addEventListener("afterprint", () => { for (const node of opened) node.open = false; });
 }
 
 // --- Tables: a click on a head sorts; numbers as numbers (the value before its interval), what is missing last.
@@ -82,7 +103,7 @@ function sortable(table) {
 
 // --- Charts.
 const DASHES = ["", "8 3", "2 3", "10 3 2 3"];
-const AXES = { step: "optimizer steps", unet_evals: "UNet evaluations (log scale)", seconds: "training seconds (this machine)" };
+const AXES = { step: "optimizer steps", unet_evals: "UNet evaluations (log scale)", seconds: "training seconds" };
 
 function ticks(low, high, count) {
   const raw = (high - low) / count || 1, power = 10 ** Math.floor(Math.log10(raw));
@@ -120,6 +141,7 @@ const interval = ([value, low, high]) => `${format(value)} [${format(low)}, ${fo
 
 function curves(data) {
   const chart = data.chart, plot = $("plot"), drawn = new Set(chart.first);
+  const words = (axis) => (axis === "seconds" ? `${AXES[axis]} (${chart.machine})` : AXES[axis]);
   const scores = chart.scorers.filter((scorer) => scorer in chart.curves);
   options($("curve-score"), scores, data.names, scores.includes(chart.primary) ? chart.primary : scores[0]);
 
@@ -141,7 +163,7 @@ function curves(data) {
     const lines = arms.map((arm) => ({ arm, points: pointsOf(arm, scorer, axis) })).filter((line) => line.points.length);
     const every = lines.flatMap((line) => line.points);
     const svg = element("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label":
-      `${data.names[scorer]} against ${AXES[axis]}, ${lines.length} arms; the table below holds the same numbers` });
+      `${data.names[scorer]} against ${words(axis)}, ${lines.length} arms; the table below holds the same numbers` });
     plot.replaceChildren(svg);
     table(scorer);
     if (!every.length) {
@@ -168,7 +190,7 @@ function curves(data) {
       svg.append(element("text", { x: x(value), y: box.bottom + 18, "text-anchor": "middle" }, format(value)));
     svg.append(element("line", { class: "grid", x1: box.left, x2: box.right, y1: box.bottom, y2: box.bottom }));
     svg.append(element("text", { class: "title", x: box.left - 50, y: 14 }, data.names[scorer]));
-    svg.append(element("text", { class: "title", x: (box.left + box.right) / 2, y: height - 6, "text-anchor": "middle" }, AXES[axis]));
+    svg.append(element("text", { class: "title", x: (box.left + box.right) / 2, y: height - 6, "text-anchor": "middle" }, words(axis)));
     if (start !== undefined) {
       svg.append(element("line", { class: "zero", x1: box.left, x2: box.right, y1: y(start), y2: y(start) }));
       svg.append(element("text", { x: box.right + 7, y: y(start) + 4 }, "base"));
@@ -371,6 +393,7 @@ function pictures(data) {
 
 const data = read("data");
 verdicts();
+printing();
 for (const table of document.querySelectorAll("table.sortable")) sortable(table);
 if (data.chart) curves(data);
 controls(data);
