@@ -87,7 +87,7 @@ def test_numbers_in_it_are_the_studys() -> None:
         (("measured: {nothing: cheap}", "measured: {nothing: cheap, arms: [x]}"), "not both"),
         (("measured: {nothing: cheap}", "measured: {nothing: cheap, leaves_open: x}"), "here nothing does"),
         (("measured: {nothing: cheap}", "measured: {claims: [x]}"), "`a` names `x`, which is no claim"),
-        (("cheap}}", "cheap}, applies: [x]}"), "`a` names `x`, which is no claim of config/claims.yaml and no group"),
+        (("cheap}}", "cheap}, applies: [x]}"), "`a` names `x`, which is no claim of .*config/claims.yaml and no group"),
         (("deviations:", "groups: {b: {title: B, claims: [x]}}\ndeviations:"), "group `b` holds `x`"),
         (("deviations:", "groups: {steady_rise: {title: B, claims: []}}\ndeviations:"), "has the id of a claim"),
         (("title: A", "title: A, heading: B"), "heading"),

@@ -9,7 +9,7 @@ import io
 import json
 import re
 import shutil
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -288,20 +288,12 @@ def test_a_place_or_a_test_without_a_title_has_a_group_of_its_own(study: StudyCo
     assert titles == ["Appendix Z", "Cost"]
 
 
-@dataclass(frozen=True)
-class Noted(ledger.Verdict):
-    """A verdict that names its deviations and says what its interval is."""
-
-    deviations: list[str] = field(default_factory=list)
-    interval: str = ""
-
-
 def test_a_verdict_names_its_interval_and_the_deviations_that_apply(
     study: StudyConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = ledger.read_verdicts(study.root / "claims.json")
     first = next(row for row in rows if row.low is not None and row.p_holm is not None)
-    noted = Noted(**vars(first) | {"deviations": ["sign", "not_in_the_list"], "interval": "range of 3 seeds"})
+    noted = replace(first, deviations=["sign", "not_in_the_list"], interval="range of 3 seeds")
     monkeypatch.setattr(report, "read_verdicts", lambda path: [noted])
     page = report.page(study)
     parts = Parts(page)
@@ -312,7 +304,8 @@ def test_a_verdict_names_its_interval_and_the_deviations_that_apply(
     assert "deviation-sign" in {a.get("id") for _, a in parts.tags}
     sign = page[page.index('id="deviation-sign"') :]
     assert "Plus in the two recipes that follow the paper" in sign[: sign.index("</dl>")]
-    monkeypatch.setattr(report, "read_verdicts", lambda path: [first])
+    plainer = replace(first, deviations=[], interval="")
+    monkeypatch.setattr(report, "read_verdicts", lambda path: [plainer])
     plain = report.page(study)
     assert "<dt>Interval</dt>" not in plain and "Deviations that apply" not in plain
 
@@ -360,8 +353,8 @@ def test_the_cost_table_has_seconds_and_memory_where_they_were_noted(study: Stud
     path = study.root / "costs.json"
     spent = json.loads(path.read_text())
     for seed, seconds in enumerate((9.0, 10.0, 14.0)):
-        spent["diffusion_dpo"][f"seed{seed}"] |= {"seconds": seconds, "peak_memory_bytes": (1 + seed) * 2**29}
-    del spent["sft"]
+        spent["arms"]["diffusion_dpo"][f"seed{seed}"] |= {"seconds": seconds, "peak_memory_bytes": (1 + seed) * 2**29}
+    del spent["arms"]["sft"]
     write_json(path, spent)
     table = report.load_tables(study)["costs"]
     rows = {row[0]: row for row in table.blocks[0].rows}
@@ -429,7 +422,10 @@ def test_the_environment_names_what_differs_between_runs(study: StudyConfig) -> 
     write_json(path, record)
     rows = dict(report.environment(study, report.records(study)))
     runs = 3 * (len(study.arms) - 1)
-    assert sorted(rows["Commit"]) == [f"abc ({runs - 1} trainings)", "def with local changes (1 training)"]
+    assert sorted(rows["Commit"]) == [
+        f"abc ({runs + 1} evaluations, {runs - 1} trainings)",
+        "def with local changes (1 training)",
+    ]
     assert rows["Libraries"] == ["torch 9"] and rows["Lock (sha256 of uv.lock)"] == ["l"]
     assert rows[f"{runs} trainings"][0].startswith(f"{sum(report_evals(study)):,} UNet evaluations, ")
 

@@ -18,8 +18,7 @@ from invdpo.evidence.claims_held_out import (
     judge_round_trip,
     judge_votes,
 )
-from invdpo.evidence.deviations import CLAIMS, deviations_by_claim
-from invdpo.evidence.deviations import SOURCE as DEVIATIONS
+from invdpo.evidence.deviations import deviations_by_claim
 from invdpo.evidence.ledger import (
     AGREEMENTS,
     INCONCLUSIVE,
@@ -42,7 +41,6 @@ from invdpo.evidence.printing import write_text
 from invdpo.evidence.provenance import study_provenance
 from invdpo.evidence.statistics import ALPHA, LEVEL, cost_to_target, holm, mean_interval, settling_size
 from invdpo.files import write_json
-from invdpo.provenance import REPOSITORY
 
 if TYPE_CHECKING:
     from invdpo.config import StudyConfig
@@ -271,7 +269,7 @@ def _judge_log(evidence: Evidence, test: Test, row: Verdict) -> Verdict:
 
 def judge_all(evidence: Evidence, claims: list[Claim]) -> list[Verdict]:
     """Every claim and variant in order, with Holm-adjusted p-values over all that have one."""
-    applying = deviations_by_claim(REPOSITORY / DEVIATIONS, REPOSITORY / CLAIMS)
+    applying = deviations_by_claim()
     rows = [
         replace(judge(evidence, claim, variant), deviations=applying.get(claim.id, []))
         for claim in claims

@@ -9,9 +9,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from invdpo.errors import InvdpoError
+from invdpo.provenance import REPOSITORY
 
-SOURCE = Path("config/deviations.yaml")
-CLAIMS = Path("config/claims.yaml")
+SOURCE = REPOSITORY / "config" / "deviations.yaml"
+CLAIMS = REPOSITORY / "config" / "claims.yaml"
 
 HEAD = """# Deviations
 

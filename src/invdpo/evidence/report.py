@@ -444,7 +444,7 @@ def _reading(row: Verdict, scale: tuple[float, float] | None, deviations: Mappin
         }
     facts = {
         "Measured": measured_text(row),
-        "Interval": getattr(row, "interval", "") if row.low is not None else "",
+        "Interval": row.interval,
         "Test": f"{row.test['kind']}: {row.test['direction']} than {row.test['threshold']:g}",
         "Seeds x prompts": size_text(row),
         "Seeds that agree": "" if row.seeds_agreeing is None else f"{row.seeds_agreeing} of {row.seeds}",
@@ -462,21 +462,16 @@ def _reading(row: Verdict, scale: tuple[float, float] | None, deviations: Mappin
         "plot": plot,
         "settle": row.would_settle if row.would_settle[:1].isdigit() else "",
         "facts": {name: text for name, text in facts.items() if text and text != "–"},
-        "deviations": [(name, deviations[name].title if name in deviations else "") for name in _deviations(row)],
+        "deviations": [(name, deviations[name].title if name in deviations else "") for name in row.deviations],
         "artifacts": row.artifacts,
         "command": row.command,
     }
 
 
-def _deviations(row: Verdict) -> list[str]:
-    """Ids of the deviations that bear on a verdict; none in a ledger that was written before it named them."""
-    return getattr(row, "deviations", [])
-
-
 def deviations_beside(study: StudyConfig) -> dict[str, Deviation]:
     """The list of deviations that lies beside the study's claims, by id; empty where there is none."""
     path = Path(study.claims or "").with_name("deviations.yaml") if study.claims else None
-    return {one.id: one for one in load_deviations(path)} if path is not None and path.is_file() else {}
+    return {one.id: one for one in load_deviations(path).deviations} if path is not None and path.is_file() else {}
 
 
 def deviation_entries(deviations: Mapping[str, Deviation], rows: Sequence[Verdict]) -> list[dict[str, Any]]:
@@ -491,7 +486,7 @@ def deviation_entries(deviations: Mapping[str, Deviation], rows: Sequence[Verdic
             "expected": one.expected,
             "claims": [(name, questions.get(name, "")) for name in one.measured.claims],
             "arms": one.measured.arms,
-            "recipes": one.measured.recipes,
+            "leaves_open": one.measured.leaves_open,
             "nothing": one.measured.nothing or "",
         }
         for one in deviations.values()
