@@ -575,14 +575,16 @@ def rebuild(
         raise typer.Exit(1)
 
 
-@app.command()
+# A negative number is an address and no option.
+@app.command(context_settings={"ignore_unknown_options": True})
 def trace(
     what: Annotated[
         str,
         typer.Argument(
             help="TABLE:ROW:COLUMN, a file of results/STUDY/ or of results/reference/STUDY/ (a table's also with "
-            ":ROW:COLUMN), claim:ID[:VARIANT], or a number. Rows and columns by their name in the csv file or in "
-            "print, for example table1:Diffusion-DPO:PickScore."
+            ":ROW:COLUMN), claim:ID[:VARIANT], or a number as printed (-0.80, 18,432, '0.2 %'). Rows and columns by "
+            "their name in the csv file or in print, for example table1:Diffusion-DPO:PickScore; the caption of a "
+            "printed block may come first."
         ),
     ],
     study: Annotated[Path, typer.Option(help="YAML of the study.")] = Path("config/shapes.yaml"),
@@ -604,7 +606,9 @@ def trace(
     if as_json:
         typer.echo(json.dumps([one.content() for one in found], indent=2, ensure_ascii=False, default=str))
     elif len(found) > 1:
-        typer.echo("\n".join(f"{one.address} = {one.value}" for one in found))
+        typer.echo("\n".join(f"{one.address} = {one.value}" for one in found[:40]))
+        more = f", the last {len(found) - 40} of which `--json` lists" if len(found) > 40 else ""
+        typer.echo(f"{len(found)} places{more}; name one of them to walk from it, or more digits.")
     else:
         typer.echo(found[0].text())
 

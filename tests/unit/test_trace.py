@@ -60,7 +60,9 @@ def test_a_cell_is_walked_back_to_its_files_and_commands(study: StudyConfig) -> 
     assert statistic["from the files, now"] == f"{found.value} (the same)"
     scores = by_name["Scores of Diffusion-DPO"]
     path = study.root / "scores/diffusion_dpo/seed2.parquet"
-    assert sha256_file(path) in scores.facts["files"][str(path)] and scores.facts["rows used"] == 3 * 8
+    assert (
+        sha256_file(path) in scores.facts["files"][str(path)] and scores.facts["rows of the last checkpoint"] == 3 * 8
+    )
     assert scores.facts["scorer version"] == ["1"]
     assert scores.command == "invdpo evaluate --study config/toy.yaml --arm diffusion_dpo"
     assert by_name["Runs of Diffusion-DPO"].command == "invdpo train --study config/toy.yaml --arm diffusion_dpo"
@@ -132,7 +134,7 @@ def test_a_bare_number_lists_its_places(study: StudyConfig) -> None:
         ("table1:sft:clipp", "no column `clipp`. Did you mean `clip`"),
         ("table1:sft", "names no column"),
         ("table9:sft:clip", "is no address"),
-        ("table1:sft:status", "no number that was measured"),
+        ("table1:sft:arm", "names the row and was not measured"),
         ("controls:sft:clip:minus_base", "no row `sft:clip`"),
         ("win_rates:sft:clip:win_rate", "has 6 rows `sft:clip`. Name one: win_rates:base:sft:clip:win_rate"),
         ("claim:dpo_abov_base", "Did you mean `dpo_above_base`"),

@@ -242,7 +242,7 @@ def audit_table(study: StudyConfig) -> Table:
         rows.append(
             [
                 arm_title(record["recipe"]),
-                _policy_title(record["policy"]),
+                policy_title(record["policy"]),
                 *([record["precision"]] if several else []),
                 record["noise"],
                 _small(found["relative_norm"]),
@@ -254,7 +254,7 @@ def audit_table(study: StudyConfig) -> Table:
     titles = {"reward": "PickScore", "swapped": "swapped labels", "fp32": "fp32"}
     head += [*(f"Cosine: {titles[other]}" for other in compared), "UNet evaluations"]
     halves = [
-        f"{row['cosine_of_halves']:+.2f} ({_policy_title(row['policy'])})"
+        f"{row['cosine_of_halves']:+.2f} ({policy_title(row['policy'])})"
         for row in _read(study, "audit", "rewards.csv").to_dict("records")
     ]
     notes = [
@@ -390,7 +390,7 @@ def _two_digits(interval: Interval | None) -> str:
     return NONE if interval is None else f"{interval.estimate:.2g}"
 
 
-def _policy_title(policy: str) -> str:
+def policy_title(policy: str) -> str:
     """`diffusion_dpo/step24` -> `Diffusion-DPO, step 24`."""
     arm, _, step = policy.partition("/step")
     return f"{arm_title(arm)}, step {step}" if step else "Base" if arm == "initial" else arm
@@ -644,7 +644,7 @@ def audit_figure(study: StudyConfig) -> Figure:
         else:
             panel.axhline(0, color=GREY, linestyle=(0, (2, 2)), linewidth=1, zorder=1)
             panel.set_ylim(-1.08, 1.08)  # an interval by Student's t may leave the range of a cosine
-        panel.set_xticks(range(len(policies)), [_policy_title(policy).replace(", ", "\n") for policy in policies])
+        panel.set_xticks(range(len(policies)), [policy_title(policy).replace(", ", "\n") for policy in policies])
         panel.tick_params(axis="x", length=0, labelsize=7)
         panel.set_xlim(-0.5, len(policies) - 0.5)
         for edge in range(1, len(policies)):

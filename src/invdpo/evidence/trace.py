@@ -5,69 +5,53 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from invdpo.config import load_study, nearest
 from invdpo.errors import InvdpoError
+from invdpo.evidence.cells import CELLS, ENDS, Record, Source, address, find, source
 from invdpo.evidence.claims import judge
 from invdpo.evidence.comparisons import NOTE
-from invdpo.evidence.compositional import GRAPH_METRICS, SET_METRICS
 from invdpo.evidence.experiments import EVIDENCE
 from invdpo.evidence.figures import CURVES
 from invdpo.evidence.grids import CHOICES
 from invdpo.evidence.ledger import Verdict, load_claims, read_verdicts
-from invdpo.evidence.lineage import Link, OneImage, chain, distribution, experiment, recipe_file
+from invdpo.evidence.lineage import (
+    SPEED,
+    Link,
+    OneImage,
+    benchmark,
+    chain,
+    distribution,
+    experiment,
+    recipe_of,
+    votes,
+)
 from invdpo.evidence.load import (
-    SCORERS,
     Evidence,
-    arm_title,
     baseline_arm,
+    baseline_of,
     comparison_arms,
     config_file,
     control_arms,
     load_evidence,
     published,
-    scorer_title,
     step_families,
 )
-from invdpo.evidence.printing import Table, csv_cell
+from invdpo.evidence.printing import csv_cell
 from invdpo.evidence.publish import figures_folder
 from invdpo.evidence.rebuild import REFERENCE
 from invdpo.evidence.tables import TABLES
 from invdpo.provenance import sha256_file
-from invdpo.scorers.composition import BENCHMARKS
 
 if TYPE_CHECKING:
     from invdpo.config import StudyConfig
 
-# table -> the columns of its csv file that tell its rows apart
-KEYS = {
-    "table1": ("arm",),
-    "win_rates": ("arm", "against", "scorer"),
-    "over_optimisation": ("arm", "from_step", "to_step"),
-    "to_target": ("arm", "scorer", "axis"),
-    "table2": ("arm", "base"),
-    "table3": ("arm",),
-    "table_s5": ("row",),
-    "controls": ("arm", "scorer"),
-    "composition": ("arm", "benchmark", "task"),
-    "costs": ("arm",),
-    "inversion_error": ("solver", "guidance_scale", "steps"),
-    "precision": ("arm", "recipe", "steps", "draws"),
-    "audit": ("recipe", "policy", "precision", "noise"),
-    "preference_accuracy": ("scorer",),
-}
-# What is said of the number in the column before it.
-ENDS = re.compile("_(prompts_low|prompts_high|seeds_low|seeds_high|low|high|p_holm|detectable|standing)$")
-# column -> what it is the mean of, over training seeds
-SPENT = {
-    "optimizer_steps": "the last checkpoint's optimizer step",
-    "pairs_seen": "pairs seen up to the last checkpoint, in the training log",
-    "unet_evals": "UNet evaluations up to the last checkpoint, in the training log",
-}
+NONE = "–"
 
 
 @dataclass(frozen=True)
@@ -94,20 +78,48 @@ class Trace:
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class _Meaning:
-    """What a cell of a table measures. scorers: None where it is not a score."""
-
-    words: str
-    arms: list[str]
-    scorers: list[str] | None = None
-    beside: tuple[Link, ...] = ()
-
-
 def _shown(value: Any, depth: int = 2) -> str:
     if isinstance(value, Mapping):
         return "".join(f"\n{'  ' * depth}{name}: {_shown(part, depth + 1)}" for name, part in value.items())
     return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number as it is printed: with a sign or none, commas between thousands, a power of ten, a unit.
+
+    value: without its unit. form: how numbers with as many digits are written. percent: whether it is in hundredths.
+    """
+
+    value: float
+    form: str
+    percent: bool
+
+    @classmethod
+    def read(cls, text: str) -> Number | None:
+        """None where it is no number."""
+        found = re.fullmatch(
+            r"([+-]?)(\d[\d,]*(?:\.\d*)?|\.\d+)(e[+-]?\d+)?\s*(%|percent|x|times)?",
+            text.strip().replace("−", "-").replace("×", "x"),
+            re.IGNORECASE,
+        )
+        if found is None:
+            return None
+        sign, digits, power, unit = found.groups()
+        digits = digits.replace(",", "")
+        form = f".{len(digits.partition('.')[2])}{'e' if power else 'f'}"
+        return cls(float(f"{sign}{digits}{power or ''}"), form, unit in ("%", "percent"))
+
+    def rounds(self, value: float) -> bool:
+        """Whether that value is printed so."""
+        return float(format(100 * value if self.percent else value, self.form)) == self.value
+
+    def said(self, text: str) -> bool:
+        """Whether a text has it, in the same unit."""
+        found = re.findall(r"(-?\d*\.?\d+)( ?%)?", text)
+        return any(
+            bool(unit) is self.percent and float(format(float(word), self.form)) == self.value for word, unit in found
+        )
 
 
 def place(what: str, study: Path, reference: bool) -> tuple[str, StudyConfig]:
@@ -119,6 +131,8 @@ def place(what: str, study: Path, reference: bool) -> tuple[str, StudyConfig]:
     """
     name, colon, rest = what.partition(":")
     path = Path(name)
+    if path.is_absolute() and path.is_relative_to(Path.cwd()):
+        path = path.relative_to(Path.cwd())
     if "/" in name:
         root = next((parent for parent in path.parents if (parent / "study.json").is_file()), _shown_from(path))
         if root is None:
@@ -157,49 +171,68 @@ def trace(what: str, study: StudyConfig, one: OneImage | None = None) -> list[Tr
     """Where a number comes from: `table1:ROW:COLUMN`, `claim:ID[:VARIANT]`, a file of the study, or a bare number,
     looked up everywhere.
 
-    A row goes by the names of its columns in KEYS, as many as tell it apart, and they and columns by their names in
-    the csv file or in print. Of a bare number that several cells and claims have, each is given without its way.
+    A row goes by the names of its key columns, as many as tell it apart, and they and columns by their names in the csv
+    file or in print, there also below their block's caption (`table1:Mean score:SFT:CLIP`). Of a bare number that
+    several cells and claims have, each is given without its way.
     """
-    evidence, one = load_evidence(study), one or OneImage()
-    if (study.root / what).is_file():
-        return [_file(evidence, what, one)]
-    if _number(what) is not None:
-        hits = list(_lookup(evidence, what))
+    one = one or OneImage()
+    if (number := Number.read(what)) is not None:
+        hits = list(_places(study, number))
         if not hits:
             raise InvdpoError(f"{what} is in no table of {study.root / 'tables'} and no claim. Try fewer digits.")
-        if len(hits) > 1:
+        if len({hit.address for hit in hits}) > 1:
             return hits
         what = hits[0].address
     head, _, rest = what.partition(":")
+    if (study.root / what).is_file():
+        return [_file(load_evidence(study), what, one)]
     if head == "claim":
-        return [_claim(evidence, rest, one)]
-    if head not in KEYS:
-        raise InvdpoError(
-            f"`{what}` is no address: write TABLE:ROW:COLUMN (tables: {', '.join(KEYS)}), claim:ID, a number, or a "
-            "file of the study's results."
-        )
-    row, colon, column = rest.rpartition(":")
-    if not colon:
-        raise InvdpoError(f"`{what}` names no column: write {head}:ROW:COLUMN.")
-    return [_cell(evidence, head, *_find(_read(study, head), head, row, column), one)]
+        return [_claim(study, rest, one)]
+    if head in CELLS:
+        return [_cell(study, head, rest, one)]
+    if "/" in head:
+        raise InvdpoError(_no_file(study, Path(head)))
+    raise InvdpoError(
+        f"`{what}` is no address: write TABLE:ROW:COLUMN (tables: {', '.join(_tables(study))}), claim:ID, a number, or "
+        f"the path of a file below {study.root}."
+    )
 
 
-def _number(text: str | None) -> float | None:
-    try:
-        return float(text or "")
-    except ValueError:
-        return None
+def _tables(study: StudyConfig) -> list[str]:
+    """The tables that the study has, in the order of CELLS."""
+    return [table for table in CELLS if (study.root / "tables" / f"{table}.csv").is_file()]
+
+
+def _no_file(study: StudyConfig, name: Path) -> str:
+    path, arms = study.root / name, ", ".join(study.arms)
+    if len(name.parts) > 1 and name.parts[0] in ("scores", "images", "runs") and name.parts[1] not in study.arms:
+        return f"{path}: no such file, and the study has no arm `{name.parts[1]}`. Arms: {arms}."
+    there = sorted(file.name for file in path.parent.glob("*")) if path.parent.is_dir() else []
+    command, _ = _maker(Evidence(study, {}, {}), name)
+    near = nearest(name.name, there) if there else ""
+    return f"{path}: no such file. `{command}` makes it, where the study has it.{near}"
 
 
 def _read(study: StudyConfig, table: str) -> list[dict[str, str]]:
     path = study.root / "tables" / f"{table}.csv"
     if not path.is_file():
-        raise InvdpoError(f"{path}: no such file. {_again_by(study, _stage(table))} makes it, where the study has it.")
+        raise InvdpoError(
+            f"{path}: no such file. {_table_maker(study, table)} makes it, where the study has it. Tables that are "
+            f"there: {', '.join(_tables(study))}."
+        )
+    return _rows_of(path)
+
+
+def _rows_of(path: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))))
 
 
-def _stage(table: str) -> str:
-    return "tables" if table in TABLES else "present"
+def _table_maker(study: StudyConfig, table: str) -> str:
+    if table == "speed":
+        return "make bench"
+    if table in ("table_s4", "user_study"):
+        return f"make user-study-analysis STUDY={study.study}"
+    return _again_by(study, "tables" if table in TABLES else "present")
 
 
 def _again_by(study: StudyConfig, stage: str) -> str:
@@ -209,68 +242,37 @@ def _again_by(study: StudyConfig, stage: str) -> str:
     return f"invdpo {stage} --study {config_file(study)}"
 
 
-def _plain(text: str) -> str:
-    return re.sub(r"[^a-z0-9.]", "", text.lower())
+def _number(text: str | None) -> float | None:
+    try:
+        return float(text or "")
+    except ValueError:
+        return None
 
 
-def _names(value: str) -> set[str]:
-    """What a value of a key column may be called."""
-    paired = {"Difference, paired"} if " - " in value else set()
-    return {_plain(name) for name in {value, arm_title(value), scorer_title(value), *paired}}
-
-
-def _address(table: str, record: Mapping[str, str]) -> str:
-    return ":".join([table, *(record[key] for key in KEYS[table] if record[key])])
-
-
-def _split(column: str) -> tuple[str | None, str]:
-    """A csv column -> its score, if it is one of a score, and what of it: ``, `minus_base`, `win_rate_low`, …"""
-    for scorer in sorted(SCORERS, key=len, reverse=True):
-        if column == scorer or column.startswith(f"{scorer}_"):
-            return scorer, column.removeprefix(scorer).removeprefix("_")
-    return None, column
-
-
-def _find(records: list[dict[str, str]], table: str, row: str, column: str) -> tuple[int, str]:
-    """The row's place and the column's name."""
-    parts = [_plain(part) for part in row.split(":")]
-    found = [
-        place
-        for place, record in enumerate(records)
-        if all(any(part in _names(record[key]) for key in KEYS[table]) for part in parts)
+def _places(study: StudyConfig, number: Number) -> Iterator[Trace]:
+    """Every claim and cell with that number: values of claims, ends of their intervals, what they quote, cells, and
+    last the ends of intervals and what else a table says of a cell.
+    """
+    rows = _verdicts(study)
+    for row in rows:
+        if row.value is not None and number.rounds(row.value):
+            yield Trace(_claimed(row), f"{row.value:g}")
+    for row in rows:
+        ends = [end for end in (row.low, row.high) if end is not None and number.rounds(end)]
+        if ends:
+            yield Trace(_claimed(row), f"{ends[0]:g}, an end of the interval of {row.value:g}")
+    for row in rows:
+        if number.said(row.paper_value):
+            yield Trace(_claimed(row), f"{row.paper_value}, which the paper says")
+    cells = [
+        Trace(f"{address(table, record)}:{column}", text)
+        for table in _tables(study)
+        for record in _read(study, table)
+        for column, text in record.items()
+        if column not in (*CELLS[table].keys, *CELLS[table].also)
+        if (value := _number(text)) is not None and number.rounds(value)
     ]
-    if not found:
-        known = [_address(table, record).removeprefix(f"{table}:") for record in records]
-        raise InvdpoError(f"{table} has no row `{row}`.{nearest(row, known)}")
-    if len(found) > 1:
-        choices = ", ".join(f"{_address(table, records[place])}:{column}" for place in found[:12])
-        raise InvdpoError(f"{table} has {len(found)} rows `{row}`. Name one: {choices}")
-    columns = {}
-    for key in records[0]:
-        scorer, rest = _split(key)
-        columns |= {_plain(key): key, _plain(f"{scorer_title(scorer)} {rest}" if scorer else key): key}
-    if _plain(column) not in columns:
-        raise InvdpoError(f"{table} has no column `{column}`.{nearest(column, records[0])}")
-    return found[0], columns[_plain(column)]
-
-
-def _lookup(evidence: Evidence, text: str) -> Iterator[Trace]:
-    """Every cell and claim with that number, to the decimals it is given with."""
-    wanted = text.removeprefix("+")
-    decimals = len(wanted.partition(".")[2])
-    for table in KEYS:
-        if not (evidence.study.root / "tables" / f"{table}.csv").is_file():
-            continue
-        for record in _read(evidence.study, table):
-            for column, cell in record.items():
-                value = _number(cell)
-                if value is None or f"{value:.{decimals}f}" != wanted or ENDS.search(column):
-                    continue
-                if column.startswith("paper_") or _meaning(evidence, table, column, record):
-                    yield Trace(f"{_address(table, record)}:{column}", cell)
-    for row in _verdicts(evidence.study):
-        if row.value is not None and f"{row.value:.{decimals}f}" == wanted:
-            yield Trace(f"claim:{row.id}" + (f":{row.variant}" if row.variant else ""), f"{row.value:g}")
+    yield from sorted(cells, key=lambda cell: ENDS.search(cell.address) is not None)
 
 
 def _verdicts(study: StudyConfig) -> list[Verdict]:
@@ -278,140 +280,115 @@ def _verdicts(study: StudyConfig) -> list[Verdict]:
     return read_verdicts(path) if path.is_file() else []
 
 
-def _cell(evidence: Evidence, table: str, row: int, name: str, one: OneImage) -> Trace:
-    study = evidence.study
-    stored = _read(study, table)[row]
-    column = ENDS.sub("", name)
-    low, high = (stored.get(f"{column}_{end}") for end in ("low", "high"))
+def _claimed(row: Verdict) -> str:
+    return f"claim:{row.id}" + (f":{row.variant}" if row.variant else "")
+
+
+def _cell(study: StudyConfig, table: str, asked: str, one: OneImage) -> Trace:
+    records = _read(study, table)
+    if not records:
+        raise InvdpoError(f"{study.root / 'tables' / table}.csv has no rows: nothing that it shows was run.")
+    cell = find(table, records, asked)
+    stored = records[cell.row]
     facts = {
         "file": str(study.root / "tables" / f"{table}.csv"),
-        "row": _address(table, stored).partition(":")[2],
-        "column": column,
-        "value": stored.get(column),
-        "interval": f"{low} to {high}" if low else "",
+        "row": address(table, stored).partition(":")[2],
         "status": stored.get("status"),
     }
-    links = [Link("Cell", facts, _again_by(study, _stage(table)))]
-    if column.startswith("paper_") or stored.get("source") == "paper":
-        links += _paper(column, stored, table)
-    elif (meaning := _meaning(evidence, table, column, stored)) is None:
-        raise InvdpoError(f"`{name}` of {table} is no number that was measured. Name a score, a difference or a cost.")
-    else:
-        built = TABLES[table](evidence) if table in TABLES else EVIDENCE[table][0](study)
-        links.append(_statistic(evidence, meaning, built, row, column, stored))
-        links += [*meaning.beside, *chain(evidence, meaning.arms, meaning.scorers, one)]
-    return Trace(f"{_address(table, stored)}:{name}", stored[name], links)
+    mains = list(dict.fromkeys(ENDS.sub("", name) for name in cell.columns))
+    for column in mains:
+        low, high = (stored.get(f"{column}_{end}") for end in ("low", "high"))
+        facts[column] = (stored.get(column) or "no number") + (f", interval {low} to {high}" if low else "")
+    links = [Link("Cell", facts, _table_maker(study, table))]
+    ours = [column for column in mains if not (column.startswith("paper_") or stored.get("source") == "paper")]
+    links += [link for column in mains if column not in ours for link in _paper(study, column, stored, table)]
+    if ours:
+        evidence = load_evidence(study)
+        made = source(evidence, table, stored, ours[0])
+        links.append(_statistic(evidence, made, table, ours, stored))
+        links += [*made.beside, *chain(evidence, made.arms, made.scorers, one)]
+    value = " / ".join(stored[name] or NONE for name in cell.columns)
+    return Trace(f"{address(table, stored)}:{cell.column}", value, links)
 
 
-def _meaning(evidence: Evidence, table: str, column: str, stored: Mapping[str, str]) -> _Meaning | None:
-    """What a cell that is not the paper's measures; None where it is no number that was measured."""
-    study = evidence.study
-    base = [name] if (name := baseline_arm(study)) else []
-    arm = stored.get("arm") or stored.get("row") or ""
-    if table in EVIDENCE:
-        if column in KEYS[table] or _number(stored.get(column)) is None:
-            return None
-        arms = [name for key in ("arm", "policy") if (name := stored.get(key, "").partition(",")[0]) in study.arms]
-        return _Meaning(f"`{column}` over the experiment's latents, batches or votes", arms, None,
-                        (experiment(study, table),))  # fmt: skip
-    if column in SPENT:
-        return _Meaning(f"mean over training seeds of {SPENT[column]}", [arm])
-    if table == "win_rates" and column == "win_rate":
-        words = "share of seeds and prompts where the first arm scores higher, a tie one half"
-        return _Meaning(words, [arm, stored["against"]], [stored["scorer"]])
-    if table == "to_target" and column in ("cost", "ratio", "never_reached", "no_target"):
-        target = study.experiments.to_target
-        words = f"when the arm's mean reaches the final one of the target, on the axis `{stored['axis']}`"
-        return _Meaning(words, [arm, *([target.arm] if target else []), *base], [stored["scorer"]])
-    if table == "composition" and column == "score":
-        tasks = BENCHMARKS[stored["benchmark"]] if stored["task"] == "overall" else [stored["task"]]
-        return _Meaning(
-            "mean of the last checkpoint", [arm], [f"oracle_{stored['benchmark']}_{task}" for task in tasks]
-        )
-    if table == "table2" and column in SET_METRICS:
-        return _Meaning(
-            "mean over training seeds of the distance of a seed's images", [arm], [], (distribution(study),)
-        )
-    if table == "table2" and column.removesuffix("_minus_base") in GRAPH_METRICS:
-        column = f"oracle_{column}"
-    scorer, rest = _split(column)
-    if table == "controls":
-        scorer, rest = stored["scorer"], column
-    if scorer is None:
-        return None
-    if " - " in arm:
-        return _Meaning(
-            "mean paired difference (by seed and prompt) of the last checkpoints", arm.split(" - "), [scorer]
-        )
-    if table == "over_optimisation":
-        words = f"mean paired change from step {stored['from_step']} to step {stored['to_step']}"
-        return _Meaning(words, [arm, *base], [scorer])
-    fewest = next((arms for arms in step_families(study).values() if arm in arms.values()), {arm: arm})
-    meanings = {
-        "": ("mean score of the last checkpoint", [arm]),
-        "minus_base": ("mean paired difference from the base model at the last checkpoint", [arm, *base]),
-        "win_rate": ("share of seeds and prompts where the arm beats the base model, a tie one half", [arm, *base]),
-        "minus_fewest": ("mean paired difference from the fewest inversion steps", [arm, next(iter(fewest.values()))]),
-        "true_minus_control": ("mean paired difference, true labels minus these", [stored.get("method", ""), arm]),
-    }
-    if rest not in meanings:
-        return None
-    words, arms = meanings[rest]
-    return _Meaning(words, list(dict.fromkeys(arms)), [scorer])
-
-
-def _statistic(
-    evidence: Evidence, meaning: _Meaning, built: Table, row: int, column: str, stored: Mapping[str, str]
-) -> Link:
-    scorer = meaning.scorers[0] if meaning.scorers else None
-    known = [evidence.scores[arm] for arm in meaning.arms if evidence.has(arm, scorer)]
-    facts: dict[str, Any] = {"what": meaning.words, "arms": meaning.arms}
-    if meaning.scorers:
-        facts |= {"score": ", ".join(meaning.scorers), "interval": NOTE}
-    if known and len(known) == len(meaning.arms):
+def _statistic(evidence: Evidence, made: Source, table: str, columns: Sequence[str], stored: Record) -> Link:
+    scorer = made.scorers[0] if made.scorers else None
+    known = [evidence.scores[arm] for arm in made.arms if evidence.has(arm, scorer)]
+    facts: dict[str, Any] = {"what": made.words, "arms": list(made.arms)}
+    if made.scorers:
+        facts |= {"score": ", ".join(made.scorers), "interval": NOTE}
+    if known and len(known) == len(made.arms):
         facts["checkpoints"] = {found.arm: f"step {found.steps[-1]}" for found in known}
         facts["training seeds"] = max(len(found.seeds) for found in known)
         if scorer is not None and scorer in known[0].values:
             facts["prompts"] = known[0].values[scorer].shape[-1]
-    again = csv_cell(built.records[row].get(column)) if row < len(built.records) else ""
-    same = "the same" if again == stored[column] else "NOT what is stored"
-    facts["from the files, now"] = f"{again or 'nothing'} ({same})"
-    lacks = [
-        lack.command for arm in meaning.arms if arm in evidence.study.arms and (lack := evidence.lack(arm, scorer))
-    ]
-    return Link("Statistic", facts, "; ".join(lacks) if meaning.scorers else "")
+    if (records := _again(evidence, table)) is not None:
+        keys = CELLS[table].keys
+        found = next((row for row in records if all(csv_cell(row.get(key)) == stored[key] for key in keys)), {})
+        again = [csv_cell(found.get(column)) for column in columns]
+        same = "the same" if again == [stored[column] for column in columns] else "NOT what is stored"
+        facts["from the files, now"] = f"{' / '.join(text or 'nothing' for text in again)} ({same})"
+    study = evidence.study
+    lacks = [lack.command for arm in made.arms if arm in study.arms and (lack := evidence.lack(arm, scorer))]
+    return Link("Statistic", facts, "; ".join(lacks) if made.scorers else "")
 
 
-def _paper(column: str, stored: Mapping[str, str], table: str) -> list[Link]:
-    """The rows of published.csv that a cell of the paper's repeats."""
-    value = _number(stored[column])
+def _again(evidence: Evidence, table: str) -> Sequence[Mapping[str, Any]] | None:
+    """A table's rows from the files that they are made from; None where another program makes them."""
+    if table in TABLES:
+        return TABLES[table](evidence).records
+    if table in EVIDENCE:
+        return EVIDENCE[table][0](evidence.study).records
+    return _rows_of(SPEED) if table == "speed" and SPEED.is_file() else None
+
+
+def _paper(study: StudyConfig, column: str, stored: Record, table: str) -> list[Link]:
+    """The rows of published.csv that a cell of the paper's repeats, or is the difference of."""
     if table == "table2":
         wanted = {"table": "2", "metric": column, "method": stored["arm"], "base": stored["base"]}
+        found = [row for row in published() if wanted.items() <= row.items()]
     else:
         _, metric, base = column.split("_")
         number = {"table1": "1", "table3": "3", "table_s5": "s5"}[table]
         wanted = {"table": number, "metric": metric, "base": base, "inversion_steps": stored.get("inversion_steps", "")}
-    found = [row for row in published() if wanted.items() <= row.items() and float(row["value"]) == value]
-    return [Link("The paper's own number", {key: row[key] for key in row if row[key]}) for row in found]
+        arms = (stored.get("arm") or stored["row"]).split(" - ") if stored[column] else []
+        rows = [row for row in published() if wanted.items() <= row.items()]
+        found = [row for arm in arms for row in rows if _is_of(study, arm, row)]
+    facts = [{key: row[key] for key in row if row[key]} for row in found]
+    none = {"what": "none: src/invdpo/evidence/published.csv has no number of the paper's for this row"}
+    return [Link("The paper's own number", fact) for fact in facts or [none]]
 
 
-def _claim(evidence: Evidence, address: str, one: OneImage) -> Trace:
-    study = evidence.study
-    name, _, variant = address.partition(":")
-    rows = [row for row in _verdicts(study) if row.id == name and variant in ("", row.variant)]
+def _is_of(study: StudyConfig, arm: str, row: Mapping[str, str]) -> bool:
+    """Whether a published row is of that arm's recipe, or of its weights."""
+    entry = study.arms[arm]
+    recipes = row["recipes"].split(";")
+    return Path(entry.method).stem in recipes if entry.weights is None else row["method"] == entry.published
+
+
+def _claim(study: StudyConfig, asked: str, one: OneImage) -> Trace:
+    name, _, variant = asked.partition(":")
+    every = _verdicts(study)
+    rows = [row for row in every if row.id == name and variant in ("", row.variant)]
     if not rows:
-        known = {f"{row.id}:{row.variant}" if row.variant else row.id for row in _verdicts(study)}
-        raise InvdpoError(f"{study.root / 'claims.json'} has no claim `{address}`.{nearest(address, known)}")
+        known = {_claimed(row).removeprefix("claim:") for row in every}
+        ids = ", ".join(dict.fromkeys(row.id for row in every)) or "none"
+        near = nearest(asked, known)
+        raise InvdpoError(
+            f"{study.root / 'claims.json'} has no claim `{asked}`.{near if near.startswith(' Did') else ''} "
+            f"Claims: {ids}."
+        )
     if len(rows) > 1:
-        choices = ", ".join(f"claim:{row.id}:{row.variant}" for row in rows)
-        raise InvdpoError(f"`claim:{name}` has several readings. Name one: {choices}")
+        raise InvdpoError(f"`claim:{name}` has several readings. Name one: {', '.join(map(_claimed, rows))}")
     row = rows[0]
     claim = next((claim for claim in load_claims(Path(str(study.claims))) if claim.id == name), None)
     if claim is None:
         raise InvdpoError(f"{study.claims} has no claim `{name}` any more. {_again_by(study, 'claims')}")
+    evidence = load_evidence(study)
     again = judge(evidence, claim, row.variant)
     facts = {
         "file": str(study.root / "claims.json"),
+        "written down in": str(study.claims),
         "question": row.question,
         "where": row.locus,
         "quotation": row.quote,
@@ -422,98 +399,189 @@ def _claim(evidence: Evidence, address: str, one: OneImage) -> Trace:
         "reason": row.reason,
         "what would settle it": row.would_settle,
     }
-    same = (again.verdict, csv_cell(again.value)) == (row.verdict, csv_cell(row.value))
+    same = _judged(again) == _judged(row)
     statistic = {
         "test": {key: value for key, value in row.test.items() if value not in (None, "", [])},
-        "training seeds": row.seeds,
+        "training seeds": row.seeds or None,
         "prompts": row.prompts or None,
         "held-out pairs": row.pairs or None,
         "batches": row.batches or None,
+        "pictures": row.pictures or None,
         "p": row.p_value,
         "p, Holm": row.p_holm,
+        "read from": row.artifacts,
         "from the files, now": f"{again.verdict}, {csv_cell(again.value) or 'no value'} "
         f"({'the same' if same else 'NOT what is stored'})",
     }
     links = [Link("Claim", facts, _again_by(study, "claims")), Link("Statistic", statistic)]
     value = row.verdict if row.value is None else f"{row.value:g} ({row.verdict})"
-    address = f"claim:{row.id}" + (f":{row.variant}" if row.variant else "")
-    return Trace(address, value, [*links, *_behind(evidence, row, one)])
+    return Trace(_claimed(row), value, [*links, *_behind(evidence, row, one)])
+
+
+def _judged(row: Verdict) -> tuple[str, ...]:
+    return (row.verdict, *map(csv_cell, (row.value, row.low, row.high)))
 
 
 def _behind(evidence: Evidence, row: Verdict, one: OneImage) -> list[Link]:
-    """What a claim's test reads: scores, training logs, or an experiment's files."""
-    study, kind = evidence.study, row.test["kind"]
-    arms = [arm for arm in row.test["arms"] if arm in study.arms]
-    if kind == "agreement":
-        settings = study.experiments.precision
-        recipes = {arm: settings.recipes.get(arm) for arm in row.test["arms"]} if settings else {}
-        links = [experiment(study, "precision")]
-        for label, entry in recipes.items():
-            if entry is not None:
-                facts = {"file": recipe_file(entry.method or label), "overrides": entry.recipe}
-                links.append(Link(f"Recipe {label}", facts))
-        return links + chain(evidence, [arm for arm in [row.test["policy"]] if arm in study.arms], None, one)
-    if row.test.get("rounding") is not None:
-        return [experiment(study, "audit"), *chain(evidence, arms, None, one)]
-    return chain(evidence, arms, None if kind in ("gradient", "distance") else [row.test["metric"]], one)
+    """What a claim's test read: the files that its verdict names, and of them the arms and the score of the test."""
+    study, test, base = evidence.study, row.test, baseline_arm(evidence.study)
+    if not row.artifacts:
+        return [Link("Nothing was measured", {"why": row.reason}, row.command)]
+    tested = {*test.get("arms", []), test.get("policy"), base}
+    beside: dict[str, Link] = {}
+    arms: dict[str, None] = {}
+    scorers: Sequence[str] | None = None
+    for artifact in row.artifacts:
+        name = Path(artifact).relative_to(f"results/{study.study}")
+        _, made = _maker(evidence, name)
+        recipes = test.get("arms", []) if name.parts[0] == "experiments" else []
+        links = [*made.beside, *(recipe_of(study, name.parts[1], label) for label in recipes)]
+        beside |= {link.what: link for link in links}
+        arms |= dict.fromkeys(arm for arm in made.arms if arm in tested)
+        if made.scorers is not None and (test.get("metric") or not made.scorers):
+            scorers = [test["metric"]] if made.scorers else scorers or []
+    known = [arm for arm in dict.fromkeys([*test.get("arms", []), *arms]) if arm in arms]
+    known = known or [arm for arm in [base] if arm is not None]
+    return [*beside.values(), *chain(evidence, known, scorers, one)]
 
 
 def _file(evidence: Evidence, name: str, one: OneImage) -> Trace:
     """A file of a study's results."""
     path = evidence.study.root / name
+    command, made = _maker(evidence, Path(name))
     digest = sha256_file(path)
-    command, arms, beside = _makers(evidence, Path(name))
-    facts = {"path": str(path), "bytes": f"{path.stat().st_size:,}", "sha256": digest, "arms": arms}
-    links = [Link("File", facts, command), *beside]
-    if arms:
-        links += chain(evidence, arms, evidence.scorers, one)
-    return Trace(name, f"sha256 {digest}", links)
+    facts = {"path": str(path), "bytes": f"{path.stat().st_size:,}", "sha256": digest, "arms": list(made.arms)}
+    links = [Link("File", facts, command), *made.beside]
+    seed = re.search(r"seed(\d+)", name)
+    if seed is not None and one.seed is None:
+        one = OneImage(int(seed[1]), one.prompt)
+    return Trace(name, f"sha256 {digest}", [*links, *chain(evidence, made.arms, made.scorers, one)])
 
 
-def _makers(evidence: Evidence, name: Path) -> tuple[str, list[str], list[Link]]:
-    """The command that makes a file of the results, the arms that it rests on, and what it rests on beside them."""
-    study, part, stem = evidence.study, name.parts[0], name.stem
-    base = [arm for arm in [baseline_arm(study)] if arm]
-    if part in ("scores", "images", "runs") and name.parts[1] in study.arms:
-        stage = "train" if part == "runs" else "evaluate"
-        return f"invdpo {stage} --study {config_file(study)} --arm {name.parts[1]}", [name.parts[1]], []
-    figures = {figure: title for title, (_, drawn) in EVIDENCE.items() for figure in drawn}
-    measured = name.parts[1] if part == "experiments" else figures.get(stem, stem)
-    if measured in EVIDENCE:
-        link = experiment(study, measured)
-        command = link.command if part == "experiments" else _again_by(study, "present")
-        return command, study.experiments.trained_arms(measured), [link]
-    if name.name in ("distribution.csv", "distribution.json"):
-        settings = study.experiments.distribution
-        return distribution(study).command, settings.arms if settings else [], [distribution(study)]
-    if part == "tables" and stem in TABLES:
-        rows = _read(study, stem)
-        named = [arm for row in rows for key in ("arm", "against", "row") for arm in row.get(key, "").split(" - ")]
-        return _again_by(study, "tables"), [arm for arm in dict.fromkeys([*named, *base]) if arm in study.arms], []
-    if part == "figures":
-        grids, families = study.experiments.grids, step_families(study)
-        drawn = {
-            **dict.fromkeys(CURVES, comparison_arms(study)),
-            "controls": [arm for method, arms in control_arms(study).items() for arm in (method, *arms.values())],
-            "inversion_steps": [arm for arms in families.values() for arm in arms.values()],
-            **dict.fromkeys(CHOICES, list(grids.arms) if grids else []),
-        }
-        return _again_by(study, "figures"), list(dict.fromkeys([*drawn.get(stem, study.arms), *base])), []
-    if stem == "claims":
-        judged = {f"claim:{row.id}" + (f":{row.variant}" if row.variant else ""): row.verdict
-                  for row in _verdicts(study)}  # fmt: skip
-        return _again_by(study, "claims"), [], [Link("Verdicts, each with a way of its own", judged)]
-    commands = {
-        "costs.json": _again_by(study, "tables"),
-        "tables/speed.csv": "make bench",
-        "report.html": f"invdpo report --study {config_file(study)}",
-        "mlflow.db": f"invdpo mlflow --study {config_file(study)}",
-        "study.json": f"{config_file(study)}, resolved",
-        "provenance.json": f"invdpo publish --study {config_file(study)}",
-        "ro-crate-metadata.json": f"invdpo publish --study {config_file(study)}",
+def _maker(evidence: Evidence, name: Path) -> tuple[str, Source]:
+    """The command that makes a file or folder of the results, by its path in them, and what it is made from."""
+    made = MAKERS.get(name.parts[0])
+    found = made(evidence, name) if made is not None else None
+    if found is None:
+        raise InvdpoError(
+            f"{evidence.study.root / name} is no file of the stages that lead to a result. Those are below "
+            f"{', '.join(part for part in MAKERS if '.' not in part)}, or one of "
+            f"{', '.join(part for part in MAKERS if '.' in part)}."
+        )
+    return found
+
+
+def _of_arm(stage: str, evidence: Evidence, name: Path) -> tuple[str, Source] | None:
+    """scores/ARM/, images/ARM/ and runs/ARM/."""
+    study = evidence.study
+    if len(name.parts) < 2 or name.parts[1] not in study.arms:
+        return None
+    command = f"invdpo {stage} --study {config_file(study)} --arm {name.parts[1]}"
+    return command, Source("", [name.parts[1]], evidence.scorers)
+
+
+def _of_experiment(evidence: Evidence, name: Path) -> tuple[str, Source] | None:
+    study = evidence.study
+    if len(name.parts) < 2 or name.parts[1] not in EVIDENCE:
+        return None
+    link = experiment(study, name.parts[1])
+    return link.command, Source("", _arms_of_experiment(study, name.parts[1]), None, (link,))
+
+
+def _arms_of_experiment(study: StudyConfig, name: str) -> list[str]:
+    """Those whose runs it reads; without any, its latents are the base model's."""
+    return study.experiments.trained_arms(name) or [arm for arm in [baseline_arm(study)] if arm is not None]
+
+
+def _of_sets(evidence: Evidence, name: Path) -> tuple[str, Source] | None:
+    settings, link = evidence.study.experiments.distribution, distribution(evidence.study)
+    return link.command, Source("", settings.arms if settings else [], [], (link,))
+
+
+def _table(evidence: Evidence, name: Path) -> tuple[str, Source] | None:
+    study, table = evidence.study, name.stem
+    command = _table_maker(study, table)
+    if table in EVIDENCE:
+        return command, Source("", _arms_of_experiment(study, table), None, (experiment(study, table),))
+    if table == "speed":
+        return command, Source("", beside=(benchmark(),))
+    if table not in CELLS:
+        return None
+    rows = _read(study, table) if (study.root / "tables" / f"{table}.csv").is_file() else []
+    keys = ("arm", "against", "baseline", "row")
+    named = dict.fromkeys(arm for row in rows for key in keys for arm in row.get(key, "").split(" - "))
+    arms = [arm for arm in named if arm in study.arms]
+    if table not in TABLES:
+        return command, Source("", arms, [], (votes(study),))
+    bases = [base for arm in arms if (base := baseline_of(study, arm)) is not None]
+    beside = (distribution(study),) if table == "table2" else ()
+    return command, Source("", list(dict.fromkeys([*arms, *bases])), evidence.scorers, beside)
+
+
+def _figure(evidence: Evidence, name: Path) -> tuple[str, Source] | None:
+    study, stem = evidence.study, name.stem
+    measured = next((experiment for experiment, (_, drawn) in EVIDENCE.items() if stem in drawn), None)
+    if measured is not None:
+        arms, link = _arms_of_experiment(study, measured), experiment(study, measured)
+        return _again_by(study, "present"), Source("", arms, None, (link,))
+    if stem in CHOICES:
+        choice = CHOICES[stem](evidence)
+        prompts = [evidence.scores[choice.arms[0]].prompts[place] for place in choice.prompts] if choice.arms else []
+        facts = {"rule": choice.rule, "prompts": [number for _, number in prompts]}
+        return _again_by(study, "figures"), Source("", choice.arms, choice.shown, (Link("Pictures shown", facts),))
+    drawn = {
+        **dict.fromkeys(CURVES, comparison_arms(study)),
+        "controls": [arm for method, arms in control_arms(study).items() for arm in (method, *arms.values())],
+        "inversion_steps": [arm for arms in step_families(study).values() for arm in arms.values()],
     }
-    if name.as_posix() in commands:
-        return commands[name.as_posix()], list(study.arms) if stem in ("costs", "report", "mlflow") else [], []
-    if part == "user_study" or stem in ("table_s4", "user_study"):
-        return f"make user-study-analysis STUDY={study.study}", [], []
-    raise InvdpoError(f"{study.root / name} is no file of the stages that lead to a result.")
+    if stem not in drawn:
+        return None
+    metric = CURVES.get(stem)
+    scorers = [evidence.primary if metric == "primary" else metric] if metric else evidence.scorers
+    base = [arm for arm in [baseline_arm(study)] if arm is not None]
+    return _again_by(study, "figures"), Source("", list(dict.fromkeys([*drawn[stem], *base])), scorers)
+
+
+def _judged_claims(evidence: Evidence, name: Path) -> tuple[str, Source]:
+    verdicts = {_claimed(row): row.verdict for row in _verdicts(evidence.study)}
+    return _again_by(evidence.study, "claims"), Source(
+        "", beside=(Link("Verdicts, each with a way of its own", verdicts),)
+    )
+
+
+def _of_all(stage: str, evidence: Evidence, name: Path) -> tuple[str, Source]:
+    """A file that shows all arms of the study."""
+    study = evidence.study
+    command = _again_by(study, stage) if stage == "tables" else f"invdpo {stage} --study {config_file(study)}"
+    return command, Source("", list(study.arms), evidence.scorers)
+
+
+def _of_study(how: str, evidence: Evidence, name: Path) -> tuple[str, Source]:
+    """A file about the study, of no arm."""
+    return how.format(config_file(evidence.study)), Source("")
+
+
+def _of_people(evidence: Evidence, name: Path) -> tuple[str, Source]:
+    return _table_maker(evidence.study, "table_s4"), Source("", beside=(votes(evidence.study),))
+
+
+# first part of a path below a study's results -> how it is made; None for what lies there and no stage made
+MAKERS: dict[str, Callable[[Evidence, Path], tuple[str, Source] | None]] = {
+    "scores": partial(_of_arm, "evaluate"),
+    "images": partial(_of_arm, "evaluate"),
+    "runs": partial(_of_arm, "train"),
+    "experiments": _of_experiment,
+    "tables": _table,
+    "figures": _figure,
+    "user_study": _of_people,
+    "distribution.csv": _of_sets,
+    "distribution.json": _of_sets,
+    "claims.json": _judged_claims,
+    "claims.md": _judged_claims,
+    "costs.json": partial(_of_all, "tables"),
+    "report.html": partial(_of_all, "report"),
+    "mlflow.db": partial(_of_all, "mlflow"),
+    "study.json": partial(_of_study, "{}, resolved"),
+    "provenance.json": partial(_of_study, "invdpo publish --study {}"),
+    "ro-crate-metadata.json": partial(_of_study, "invdpo publish --study {}"),
+}
