@@ -161,8 +161,7 @@ def _shown_from(path: Path) -> Path | None:
     """The published study whose file is put there for readers."""
     for file in sorted(REFERENCE.glob("*/study.json")):
         root = file.parent
-        judged = (root / "claims.json").is_file()
-        if path.parent == figures_folder(Path(), root.name, judged) and (root / _part(path)).is_file():
+        if path.parent == figures_folder(Path(), root.name) and (root / _part(path)).is_file():
             return root
     return None
 
@@ -395,9 +394,11 @@ def _claim(study: StudyConfig, asked: str, one: OneImage) -> Trace:
         "the paper's value": row.paper_value,
         "verdict": row.verdict,
         "value": row.value,
-        "interval": None if row.low is None else f"{row.low:g} to {'∞' if row.high is None else f'{row.high:g}'}",
+        "from, to": None if row.low is None else f"{row.low:g} to {'∞' if row.high is None else f'{row.high:g}'}",
+        "which are": row.interval,
         "reason": row.reason,
         "what would settle it": row.would_settle,
+        "deviations that apply": row.deviations,
     }
     same = _judged(again) == _judged(row)
     statistic = {
@@ -432,7 +433,7 @@ def _behind(evidence: Evidence, row: Verdict, one: OneImage) -> list[Link]:
     arms: dict[str, None] = {}
     scorers: Sequence[str] | None = None
     for artifact in row.artifacts:
-        name = Path(artifact).relative_to(f"results/{study.study}")
+        name = Path(artifact)
         _, made = _maker(evidence, name)
         recipes = test.get("arms", []) if name.parts[0] == "experiments" else []
         links = [*made.beside, *(recipe_of(study, name.parts[1], label) for label in recipes)]
