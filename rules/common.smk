@@ -75,17 +75,26 @@ MODULES = {
         "evidence/tables",
         "evidence/comparisons",
         "evidence/compositional",
+        "evidence/paper",
         "evidence/printing",
         "evidence/provenance",
         *READING,
     ),
-    "figures": ("evidence/figures", "evidence/grids", "evidence/provenance", *READING),
+    "figures": (
+        "evidence/figures",
+        "evidence/grids",
+        "evidence/paper",
+        "evidence/printing",
+        "evidence/provenance",
+        *READING,
+    ),
     "claims": (*CLAIMS, "evidence/printing", "evidence/provenance", *READING),
     "model_cards": ("evidence/model_card",),
     "report": (
         "evidence/report",
         *CLAIMS,
         "evidence/figures",
+        "evidence/paper",
         "evidence/printing",
         "evidence/provenance",
         *READING,
@@ -97,6 +106,7 @@ MODULES = {
         "evidence/experiments",
         "evidence/figures",
         "evidence/comparisons",
+        "evidence/paper",
         "evidence/printing",
         "evidence/provenance",
         *READING,
@@ -307,9 +317,8 @@ def shown(title, path, caption, category):
     return report(path, caption=caption, category=category, labels={"shows": title})
 
 
-# Votes of people, where there are any: an export without a vote is a line of column names.
-VOTES = Path(study.root, "user_study", "votes.csv")
-VOTED = study.user_study is not None and VOTES.is_file() and VOTES.read_bytes().count(b"\n") > 1
+# Table S4 stands in every study with people; user_study.smk makes it.
+TABLE_S4 = ["<results>/tables/table_s4.csv"] if study.user_study else []
 
 RUNS = every_run("run.json")
 CURVES = every_run("train.jsonl")

@@ -79,7 +79,54 @@ def test_figure_4_goes_by_the_aesthetic_gain_alone() -> None:
     figure = grids.draw(load_evidence(study), "fig4")
     keys = [int(key) for _, key in load_evidence(study).scores["base"].prompts]
     assert prompts_of(figure) == [keys[place] for place in grids.at_quantiles(gain(study, "aesthetic"), grids.ENDS)]
-    assert "95th, 50th, 5th percentiles of the gain in Aesthetic" in " ".join(figure.texts[-1].get_text().split())
+    note = " ".join(figure.texts[-1].get_text().split())
+    assert "95th, 50th, 5th percentiles of the gain in Aesthetic of 24 prompts" in note and "Training seed 0." in note
+
+
+def places_of(figure: Figure) -> list[list[str]]:
+    """What stands beside the rows, but for the prompts."""
+    return [text.get_text().split("\n") for text in figure.texts if "percentile\n" in text.get_text()]
+
+
+def test_every_row_says_which_percentile_it_is_and_what_it_gained() -> None:
+    study = make_study(prompts=21)
+    evidence = load_evidence(study)
+    gains = gain(study, "aesthetic")
+    expected = [
+        [f"{words} percentile", f"Aesthetic {gains[place]:+.3g}"]
+        for words, place in zip(("95th", "50th", "5th"), grids.at_quantiles(gains, grids.ENDS), strict=True)
+    ]
+    assert places_of(grids.draw(evidence, "fig4")) == expected
+    lowest = places_of(grids.draw(evidence, "fig_s10"))
+    final = np.sort(evidence.final(LAST, "oracle_utility")[0])
+    assert lowest[:2] == [
+        ["0th percentile", f"Oracle utility {final[0]:.3g}"],
+        ["5th percentile", f"Oracle utility {final[1]:.3g}"],
+    ]
+    sheet = grids.draw(evidence, "fig_s6")
+    assert [words[0].split(" · ")[1] for words in cells(sheet)[:2]] == ["100th percentile", "95th percentile"]
+    assert "training seed 0" in sheet.texts[-1].get_text()
+
+
+def test_percentiles_in_words() -> None:
+    assert [grids.ordinal(number) for number in (0, 1, 2, 3, 11, 12, 13, 21, 92, 100)] == [
+        "0th", "1st", "2nd", "3rd", "11th", "12th", "13th", "21st", "92nd", "100th",
+    ]  # fmt: skip
+    assert grids.percentile(np.array([5.0, 1.0, 3.0]), 2) == "50th percentile"
+    assert grids.percentile(np.array([5.0]), 0) == "0th percentile"
+
+
+def test_pictures_and_scores_are_of_the_studys_first_seed() -> None:
+    config = make_config()
+    study = make_study(prompts=8, study=config.model_copy(update={"seeds": [2, 0, 1]}))
+    evidence = load_evidence(study)
+    figure = grids.draw(evidence, "fig4")
+    assert "Training seed 2." in figure.texts[-1].get_text()
+    row = evidence.scores[LAST].seeds.index(2)
+    gains = evidence.final(LAST, "aesthetic")[row] - evidence.final("base", "aesthetic")[0]
+    assert places_of(figure)[0][1] == f"Aesthetic {gains[grids.at_quantiles(gains, grids.ENDS)[0]]:+.3g}"
+    (study.root / "images" / LAST / "seed2.parquet").unlink()
+    assert "Inversion" not in " ".join(axis.get_title() for axis in grids.draw(evidence, "fig4").axes)
 
 
 def test_figure_5_leaves_out_prompts_without_a_scene_graph() -> None:
@@ -108,7 +155,7 @@ def test_failures_are_the_lowest_scores_of_the_last_arm() -> None:
 def test_more_samples_run_from_the_best_to_the_worst_of_the_last_arm() -> None:
     study = make_study(prompts=60)
     shown = cells(grids.draw(load_evidence(study), "fig_s6"))
-    values = [float(" ".join(words).split(" · ")[0]) for words in shown]
+    values = [float(words[0].split(" · ")[0]) for words in shown]
     assert len(values) == grids.EXAMPLES and values == sorted(values, reverse=True)
     final = load_evidence(study).final(LAST, "oracle_utility")[0]
     assert values[0] == float(f"{final.max():.3g}") and values[-1] == float(f"{final.min():.3g}")

@@ -1,7 +1,8 @@
 """Sample grids: the paper's Figures 1, 4, 5, S6 and S10, of this study's pictures.
 
 The paper's were picked by hand. Here a rule picks the prompts, written in each figure: quantiles of a difference of
-scores, or of a score. All pictures are of the first training seed, and pictures of a row start from the same noise.
+scores, or of a score, beside each of which stands where it lies. All pictures are of the first training seed, and
+pictures of a row start from the same noise.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from invdpo.errors import InvdpoError
-from invdpo.evidence.figures import new_figure, placeholder, save, short_title
+from invdpo.evidence.figures import GREY, new_figure, placeholder, save, short_title
 from invdpo.evidence.load import Evidence, arm_title, load_evidence, scorer_title
 
 if TYPE_CHECKING:
@@ -50,12 +51,14 @@ def evenly(count: int) -> list[float]:
 class Choice:
     """What a figure shows: a column an arm, a row a prompt (its place among the arm's prompts), scores below a picture.
 
-    rule: how the prompts were chosen, or why there is nothing to show where `arms` is empty.
+    places: of each prompt, which quantile it is and what is ranked. rule: how the prompts were chosen, or why there is
+    nothing to show where `arms` is empty.
     """
 
     arms: Sequence[str] = ()
     prompts: Sequence[int] = ()
     shown: Sequence[str] = ()
+    places: Sequence[Sequence[str]] = ()
     rule: str = ""
 
 
@@ -81,9 +84,11 @@ def choose_fig_s6(evidence: Evidence) -> Choice:
     if not (arms := _arms(evidence, evidence.primary)):
         return Choice(rule="No arm of `experiments.grids` has images")
     final, judged = _final(evidence, arms[-1], evidence.primary)
-    chosen = [judged[place] for place in at_quantiles(final, evenly(EXAMPLES))]
-    rule = f"prompts at {len(chosen)} evenly spaced quantiles of its {scorer_title(evidence.primary)}, best first."
-    return Choice(arms[-1:], chosen, (evidence.primary,), f"{arm_title(arms[-1])}: {rule}")
+    found = at_quantiles(final, evenly(EXAMPLES))
+    rule = f"prompts at {len(found)} evenly spaced quantiles of its {scorer_title(evidence.primary)}, best first."
+    places = [[percentile(final, place)] for place in found]
+    rule = f"{arm_title(arms[-1])}, {_seeds(evidence.study, arms[-1:])}: {rule} Below each: the score, its percentile."
+    return Choice(arms[-1:], [judged[place] for place in found], (evidence.primary,), places, rule)
 
 
 def choose_fig_s10(evidence: Evidence) -> Choice:
@@ -92,9 +97,10 @@ def choose_fig_s10(evidence: Evidence) -> Choice:
     if not (arms := _arms(evidence, scorer)):
         return Choice(rule="No arm of `experiments.grids` has images")
     final, judged = _final(evidence, arms[-1], scorer)
-    chosen = [judged[place] for place in np.argsort(final, kind="stable")[:FAILURES]]
-    rule = f"Rows: the {len(chosen)} prompts with the last column's lowest {scorer_title(scorer)}."
-    return Choice(arms, chosen, ("pickscore", scorer), rule)
+    found = np.argsort(final, kind="stable")[:FAILURES].tolist()
+    places = [[percentile(final, place), f"{scorer_title(scorer)} {final[place]:.3g}"] for place in found]
+    rule = f"Rows: the {len(found)} prompts of {len(final)} with the last column's lowest {scorer_title(scorer)}."
+    return Choice(arms, [judged[place] for place in found], ("pickscore", scorer), places, rule)
 
 
 CHOICES = {
@@ -135,19 +141,44 @@ def _by_gain(evidence: Evidence, scorer: str, quantiles: Sequence[float], shown:
         return Choice(rule=f"Fewer than two arms of `experiments.grids` have images and {scorer_title(scorer)}")
     first, last = evidence.paired(arms[0], arms[-1], scorer)
     _, judged = _final(evidence, arms[0], scorer)
-    chosen = [judged[place] for place in at_quantiles((last - first)[0], quantiles)]
+    gain = (last - first)[_row(evidence, arms[0], arms[-1])]
+    found = at_quantiles(gain, quantiles)
+    places = [[percentile(gain, place), f"{scorer_title(scorer)} {gain[place]:+.3g}"] for place in found]
     where = (
         "evenly spaced quantiles"
         if list(quantiles) == evenly(len(quantiles))
-        else "the " + ", ".join(f"{quantile:.0%}" for quantile in quantiles).replace("%", "th") + " percentiles"
+        else "nearest to the " + ", ".join(ordinal(round(100 * quantile)) for quantile in quantiles) + " percentiles"
     )
-    rule = f"Rows: {where} of the gain in {scorer_title(scorer)}, last column over first."
-    return Choice(arms, chosen, shown, rule)
+    rule = f"Rows: {where} of the gain in {scorer_title(scorer)} of {len(gain)} prompts, last column over first."
+    return Choice(arms, [judged[place] for place in found], shown, places, rule)
+
+
+def percentile(values: np.ndarray, place: int) -> str:
+    """Where a value stands among all (n,) of them, from the 0th (lowest) to the 100th percentile, in words."""
+    below = np.argsort(np.argsort(values, kind="stable"))[place]
+    return f"{ordinal(round(100 * below / max(1, len(values) - 1)))} percentile"
+
+
+def ordinal(number: int) -> str:
+    """1st, 2nd, 3rd, 4th, 11th, 21st."""
+    ending = "th" if number // 10 % 10 == 1 else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
+    return f"{number}{ending}"
+
+
+def _seeds(study: StudyConfig, arms: Sequence[str]) -> str:
+    trained = any(study.arm(arm).trains for arm in arms)
+    return f"training seed {study.seeds[0]}" if trained else "not trained here"
+
+
+def _row(evidence: Evidence, *arms: str) -> int:
+    """The place of the training seed that is shown among the seeds of these arms' scores."""
+    trained = [evidence.scores[arm] for arm in arms if evidence.scores[arm].trained]
+    return trained[0].seeds.index(evidence.study.seeds[0]) if trained else 0
 
 
 def _final(evidence: Evidence, arm: str, scorer: str) -> tuple[np.ndarray, list[int]]:
-    """The first seed's scores at the last checkpoint, and the places of their prompts."""
-    return evidence.final(arm, scorer)[0], evidence.scores[arm].judged[scorer]
+    """Scores of the seed that is shown at the last checkpoint, and the places of their prompts."""
+    return evidence.final(arm, scorer)[_row(evidence, arm)], evidence.scores[arm].judged[scorer]
 
 
 def _contact_sheet(evidence: Evidence, choice: Choice) -> Figure:
@@ -167,10 +198,11 @@ def _contact_sheet(evidence: Evidence, choice: Choice) -> Figure:
         if place < len(choice.prompts):
             prompt = choice.prompts[place]
             _show(panel, pictures(scores.prompts[prompt]))
-            words = f"{_value(evidence, arm, scorer, prompt)} · {scores.texts[prompt]}"
-            text = textwrap.fill(textwrap.shorten(words, 78, placeholder="…"), 27)
-            panel.text(0.5, -0.02, text, transform=panel.transAxes, ha="center", va="top", fontsize=5.5)
-    figure.text(0.06 / width, 1 - 0.08 / height, choice.rule, va="top", fontsize=7)
+            first = " · ".join([_value(evidence, arm, scorer, prompt), *choice.places[place]])
+            text = textwrap.fill(textwrap.shorten(scores.texts[prompt], 78, placeholder="…"), 27)
+            panel.text(0.5, -0.02, f"{first}\n{text}", transform=panel.transAxes, ha="center", va="top", fontsize=5.5)
+    note = "\n".join(textwrap.wrap(choice.rule, int(width * 15)))
+    figure.text(0.06 / width, 1 - 0.08 / height, note, va="top", fontsize=7)
     return figure
 
 
@@ -197,8 +229,11 @@ def _sheet(evidence: Evidence, choice: Choice, size: float) -> Figure:
         text = textwrap.shorten(evidence.scores[arms[0]].texts[prompt], 130, placeholder="…")
         middle = 1 - (TITLE + cell * row + size / 2) / height
         figure.text(0.06 / width, middle, textwrap.fill(text, 24), ha="left", va="center", fontsize=7.5)
+        upper = 1 - (TITLE + cell * row + 0.03) / height
+        figure.text(0.06 / width, upper, "\n".join(choice.places[row]), va="top", fontsize=6.5, color=GREY)
     names = ", ".join(scorer_title(name) for name in shown)
-    note = "\n".join(textwrap.wrap(f"Under each picture: {names}. {choice.rule}", int(width * 15)))
+    seeds = _seeds(evidence.study, arms).capitalize()
+    note = "\n".join(textwrap.wrap(f"{seeds}. Under each picture: {names}. {choice.rule}", int(width * 15)))
     figure.text(0.06 / width, 1 - 0.08 / height, note, va="top", fontsize=7)
     return figure
 
@@ -210,10 +245,9 @@ def _arms(evidence: Evidence, scorer: str) -> list[str]:
 
 
 def _images(study: StudyConfig, arm: str) -> Path | None:
-    """The images of the arm's first seed; the base model has seed 0 alone."""
-    names = [*(f"seed{seed}" for seed in study.seeds), "seed0"]
-    paths = [study.root / "images" / arm / f"{name}.parquet" for name in names]
-    return next((path for path in paths if path.exists()), None)
+    """The images of the arm's first training seed; one that does not train has files of seed 0 alone."""
+    path = study.root / "images" / arm / f"seed{study.seeds[0] if study.arm(arm).trains else 0}.parquet"
+    return path if path.exists() else None
 
 
 def _pictures(study: StudyConfig, arm: str) -> Callable[[Key], bytes]:
@@ -241,8 +275,8 @@ def _show(panel: Axes, png: bytes) -> None:
 
 def _value(evidence: Evidence, arm: str, scorer: str, prompt: int) -> str:
     """A score as printed; a dash where the prompt has none."""
-    judged = evidence.scores[arm].judged[scorer]
-    return f"{evidence.final(arm, scorer)[0, judged.index(prompt)]:.3g}" if prompt in judged else "–"
+    values, judged = _final(evidence, arm, scorer)
+    return f"{values[judged.index(prompt)]:.3g}" if prompt in judged else "–"
 
 
 def write(study: StudyConfig) -> list[Path]:
