@@ -68,7 +68,9 @@ if study.user_study is not None:
             study=STUDY,
             key=digest(SETTINGS["user_study"]["groups"], [SETTINGS["arms"][arm] for arm in JUDGED]),
             code=ANALYSING,
-            package=code_hash(("evidence/load", "evidence/paper", "evidence/printing", "evidence/statistics", "evidence/votes"))[:16],
+            package=code_hash(
+                ("evidence/load", "evidence/paper", "evidence/printing", "evidence/statistics", "evidence/votes")
+            )[:16],
             lock=LOCK,
         message:
             "Table S4 of {study.study}"
