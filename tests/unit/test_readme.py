@@ -87,12 +87,11 @@ def cost_of_a_step() -> list[float]:
     return [min(steps), max(steps)]
 
 
-def benchmark(study: str, *names: str) -> Callable[[], list[float]]:
-    def values() -> list[float]:
-        report = json.loads((REFERENCE / "benchmarks/reproduce-2-cores.json").read_text())
-        return [report[name] if name in report else report["studies"][study][name] for name in names]
-
-    return values
+def moved_by_rounding() -> list[float]:
+    """Eq. 16's true minus shuffled labels in the run before this one, on another processor, and in this one."""
+    before = re.search(r"from \+(0\.\d+) to \+0\.\d+", Path("docs/history.md").read_text(encoding="utf-8"))
+    assert before is not None
+    return [float(before[1]), row("labels_matter", PAPER).value or 0.0]
 
 
 IMPLIED, PAPER, CODE = "inversion_dpo_implied", "inversion_dpo_paper", "inversion_dpo_code"
@@ -104,6 +103,8 @@ FACTS: dict[str, Callable[[], list[float]]] = {
     r"gradient at the reference is exactly (\d+)\.": value("zero_gradient_at_the_reference", PAPER),
     rf"alike within the intervals \({INTERVAL}\)": whole("labels_matter", PAPER),
     r"its own falls \(rank correlation ([-\d.]+)\)": value("eq16_rises_with_the_truth", PAPER),
+    r"moved that first number from ([\d.]+) to ([\d.]+)": moved_by_rounding,
+    rf"neither PickScore \({INTERVAL}\)": whole("p_above_q_pickscore", "p_single_as_q"),
     rf"true minus shuffled labels {INTERVAL}": whole("labels_matter", CODE),
     r"the weights move ([\d.]+) % as far": value("released_learning_rate_moves_the_weights", CODE, 100),
     r"true labels are worth ([\d.]+) of utility": value("labels_matter", IMPLIED),
@@ -120,6 +121,11 @@ FACTS: dict[str, Callable[[], list[float]]] = {
     r"(\d+) pairs for Diffusion-DPO, (\d+) for one point of an inversion, (\d+) where all": batches(
         "diffusion_dpo", "p_single", IMPLIED
     ),
+    r"fall again after step (\d+)": lambda: [
+        float(found[1])
+        for found in [re.search(r"at its best at step (\d+)", row("p_above_q_pickscore", "p_single").reason)]
+        if found
+    ],
     r"([\d,]+) to ([\d,]+) UNet evaluations": cost_of_a_step,
     r"inversion takes (\d+), (\d+) or (\d+) steps": lambda: sorted(
         load_study("config/shapes.yaml").experiments.inversion_steps["p_single"]
