@@ -11,8 +11,9 @@ import numpy as np
 import pandas as pd
 import pytest
 from evidence_fixture import SPREAD, make_config, make_study, write_scores
+from matplotlib.figure import Figure
 
-from invdpo.config import DistributionConfig, StudyConfig
+from invdpo.config import ArmList, DistributionConfig, StudyConfig
 from invdpo.errors import InvdpoError
 from invdpo.evidence import claims, compositional, figures, ledger, printing, publish, tables
 from invdpo.evidence.load import arm_title, load_evidence, load_scores
@@ -37,7 +38,7 @@ def test_every_table_is_written_with_the_right_numbers() -> None:
     names = {path.name for path in written}
     assert names == {f"{t}.{k}" for t in tables.TABLES for k in ("csv", "md", "tex")} | {"costs.json"}
     rows = {row["arm"]: row for row in read(study.root / "tables/table1.csv")}
-    assert list(rows) == study.experiments.comparison.arms  # pyright: ignore
+    assert list(rows) == [*study.experiments.comparison.arms, "DDPO", "D3PO", "Demon", "IterComp"]  # pyright: ignore
     dpo, base = (load_scores(study.root, "diffusion_dpo"), load_scores(study.root, "base"))
     assert dpo is not None and base is not None
     gain = (dpo.final("pickscore") - base.final("pickscore")).mean()
@@ -56,10 +57,69 @@ def test_the_papers_values_have_their_own_columns() -> None:
     assert rows["base"]["paper_pickscore_sdxl"] == "0.223"
     assert rows["diffusion_dpo"]["paper_aesthetic_sd15"] == "5.73"
     assert rows["inversion_dpo_implied"]["paper_pickscore_sdxl"] == ""  # not a method of the paper
+    assert "| 0.227 / 0.212 | 0.340 / 0.324 | 6.05 / 5.73 |" in (study.root / "tables/table1.md").read_text()
     s5 = read(study.root / "tables/table_s5.csv")
     assert [row["row"] for row in s5] == ["q_single", "p_single", "p_single - q_single"]
-    assert s5[2]["paper_aesthetic_sdxl"] == "0.06"
-    assert tables._paper(study, "diffusion_dpo_shuffled", "1", "pickscore", "sdxl") is None  # controls have none
+    assert (s5[2]["paper_aesthetic_sdxl"], s5[2]["paper_pickscore_sd15"]) == ("0.06", "0.000")
+
+
+def test_rows_of_the_paper_that_a_study_cannot_fill_stand_in_its_tables() -> None:
+    config = make_config()
+    some = config.experiments.model_copy(update={"comparison": ArmList(arms=["base", "sft"]), "q_vs_p": None})
+    study = make_study(prompts=8, study=config.model_copy(update={"experiments": some}))
+    tables.write(study)
+    rows = {row["arm"]: row for row in read(study.root / "tables/table1.csv")}
+    assert list(rows)[2:] == ["Diffusion-DPO", "DDPO", "D3PO", "Demon", "IterComp", "Inversion-DPO"]
+    assert rows["DDPO"]["status"] == "not run: no weights" and rows["DDPO"]["pickscore"] == ""
+    assert (rows["DDPO"]["paper_pickscore_sdxl"], rows["DDPO"]["paper_pickscore_sd15"]) == ("0.222", "")
+    assert rows["Inversion-DPO"]["status"] == "not run: no arm"
+    assert rows["Inversion-DPO"]["paper_aesthetic_sd15"] == "5.74"
+    text = (study.root / "tables/table1.md").read_text()
+    mean, spent = text.split("**Mean score**")[1].split("\n\n")[1], text.split("(SDXL / SD1.5)**")[1]
+    assert "| IterComp | not run: no weights | not run: no weights |" in mean
+    assert "| IterComp | not run: no weights | not run: no weights | not run: no weights | 0.232 / – |" in spent
+    assert "no arm of this study: Diffusion-DPO, DDPO, D3PO, Demon, IterComp, Inversion-DPO." in text
+    s5 = read(study.root / "tables/table_s5.csv")
+    assert [(row["row"], row["status"]) for row in s5] == [
+        ("Diffusion-DPO (q)", "not run: no arm"),
+        ("Inversion-DPO (p)", "not run: no arm"),
+    ]
+    assert "0.228 / 0.212" in (study.root / "tables/table_s5.md").read_text()
+
+
+def test_table_s5_holds_every_arm_against_the_first() -> None:
+    config = make_config()
+    arms = {**config.arms, "p_single_as_q": config.arms["p_single"]}
+    judged = ArmList(arms=["q_single", "p_single", "p_single_as_q"])
+    some = config.experiments.model_copy(update={"q_vs_p": judged})
+    study = make_study(prompts=8, study=config.model_copy(update={"arms": arms, "experiments": some}))
+    tables.write(study)
+    rows = {row["row"]: row for row in read(study.root / "tables/table_s5.csv")}
+    assert list(rows) == [*judged.arms, "p_single - q_single", "p_single_as_q - q_single"]
+    evidence = load_evidence(study)
+    for arm in judged.arms[1:]:
+        gain = evidence.final(arm, "clip").mean() - evidence.final("q_single", "clip").mean()
+        assert float(rows[f"{arm} - q_single"]["clip"]) == pytest.approx(gain, rel=1e-4)
+        assert rows[arm]["paper_clip_sdxl"] == "0.341" and rows[f"{arm} - q_single"]["paper_clip_sdxl"] == "0.001"
+    text = (study.root / "tables/table_s5.md").read_text()
+    assert "| one timestep of p, at q's values minus one timestep of q, paired |" in text
+
+
+def test_table_3_has_the_papers_rows_and_puts_them_beside_the_same_method_and_steps() -> None:
+    config = make_config()
+    families = {**config.experiments.inversion_steps, "inversion_dpo_paper": {20: "inversion_dpo_paper"}}
+    some = config.experiments.model_copy(update={"inversion_steps": families})
+    study = make_study(prompts=8, study=config.model_copy(update={"experiments": some}))
+    tables.write(study)
+    rows = {row["arm"]: row for row in read(study.root / "tables/table3.csv")}
+    assert rows["inversion_dpo_paper"]["paper_clip_sdxl"] == "0.340" and rows["p_single"]["paper_clip_sdxl"] == ""
+    assert rows["Inversion-DPO, N = 20, step 2000"]["status"] == "Inversion-DPO (Eq. 16)"
+    assert rows["Inversion-DPO, N = 80, step 2000"]["status"] == "not run: no arm"
+    assert rows["Inversion-DPO, N = 20, step 1000"]["paper_pickscore_sdxl"] == "0.2247"
+    text = (study.root / "tables/table3.md").read_text()
+    assert "| Inversion-DPO | 80 | 2000 | 0.232 | 0.341 | 6.24 | Inversion-DPO, Table 3 | not run: no arm |" in text
+    assert "| Diffusion-DPO (retrained) | – | 2000 | 0.2245 | – | – | Inversion-DPO, section 5.4 | Figure 3 |" in text
+    assert "0.2247 for Inversion-DPO with N = 20 at step 1,000" in (study.root / "tables/to_target.md").read_text()
 
 
 def test_controls_and_inversion_steps() -> None:
@@ -70,7 +130,7 @@ def test_controls_and_inversion_steps() -> None:
     assert float(row["true_minus_control_low"]) > 0
     assert control["diffusion_dpo", "oracle_utility"]["true_minus_control"] == ""
     steps = read(study.root / "tables/table3.csv")
-    assert [r["inversion_steps"] for r in steps] == ["10", "20", "40"]
+    assert [r["inversion_steps"] for r in steps if r["family"] == "p_single"] == ["10", "20", "40"]
     assert steps[0]["pickscore_minus_fewest"] == "" and float(steps[2]["pickscore_minus_fewest"]) > 0
 
 
@@ -115,10 +175,14 @@ def test_table2_has_sets_over_seeds_scene_graphs_and_the_paper() -> None:
     assert (dpo["sg_iou"], dpo["sg_iou_minus_base"], dpo["fid"]) == ("0.75", "0.5", "")
     paper = rows["Inversion-DPO on SDXL-SG"]
     assert (paper["source"], paper["fid"], paper["sg_iou"], paper["fid_standard"]) == ("paper", "25.1", "0.354", "")
+    assert (rows["R3CD"]["fid"], paper["entity_iou"], paper["status"]) == ("27.0", "0.830", "not run: no weights")
+    assert dpo["status"] == "ok" and rows["inversion_dpo_code"]["status"].startswith("not run: invdpo train")
     assert rows["inversion_dpo_code"]["fid_standard"] == rows["inversion_dpo_code"]["sg_iou"] == ""
     text = (study.root / "tables/table2.md").read_text()
     assert "| Diffusion-DPO | 10.5 (10 to 11) | 11 (10 to 12) |" in text and "| Base | 8.5 | 14.5 |" in text
     assert "| Inversion-DPO (released code) | not run | not run |" in text
+    assert "| R3CD | not stated | 27.0 | 0.342 | 0.803 | 0.715 | not run: no weights |" in text
+    assert "CompSGen Bench of LAION-SG; number: 20838 (very likely: inferred" in text
     assert "24 images of each training seed against 100 reference images" in text
     assert "rank 22 to 23 (not full: more than 64 images are needed)" in text
 
@@ -132,6 +196,7 @@ def test_sets_of_images_are_not_averaged_over_fewer_seeds() -> None:
     assert rows["diffusion_dpo"]["fid_standard"] == "" and rows["diffusion_dpo"]["sg_iou"] == "0.75"
     text = Path("table2.md").read_text()
     assert "| Diffusion-DPO | seed 1 missing | seed 1 missing |" in text
+    assert rows["diffusion_dpo"]["status"].startswith("sets of images, seed 1 missing: invdpo distribution")
     assert "`invdpo distribution --study config/toy.yaml`" in text
 
 
@@ -358,15 +423,67 @@ def test_titles() -> None:
     assert arm_title("inversion_dpo_code_shuffled") == "Inversion-DPO (released code), labels shuffled"
     assert arm_title("p_single_n10") == "one timestep of p, N = 10"
     assert arm_title("my_method") == "my_method"
+    assert arm_title("p_single_as_q") == "one timestep of p, at q's values"
+    assert arm_title("inversion_dpo_minus_as_paper").startswith(arm_title("inversion_dpo_minus_rounded"))
 
 
 def test_labels_are_moved_apart_but_stay_inside() -> None:
-    placed = figures.spread_labels([0.5, 0.5, 0.52, 0.0, 1.0], 0.1, 0.0, 1.0)
+    placed = figures.spread_labels([0.5, 0.5, 0.52, 0.0, 1.0], [0.1] * 5, 0.0, 1.0)
     ordered = np.sort(placed)
     assert (np.diff(ordered) >= 0.1 - 1e-9).all()
     assert ordered[0] >= 0 and ordered[-1] <= 1
     assert placed[3] == 0.0 and placed[4] == 1.0
-    assert figures.spread_labels([0.2, 0.8], 0.1, 0.0, 1.0) == [0.2, 0.8]
+    assert figures.spread_labels([0.2, 0.8], [0.1] * 2, 0.0, 1.0) == [0.2, 0.8]
+    assert figures.spread_labels([0.5, 0.5], [0.1, 0.3], 0.0, 1.0) == pytest.approx([0.4, 0.6]), "they touch"
+
+
+def words_below(figure: Figure) -> str:
+    return " ".join(" ".join(text.get_text() for text in figure.texts).split())
+
+
+def test_an_arm_without_a_curve_is_named_below_the_curves() -> None:
+    study = make_study(prompts=8)
+    assert "Not drawn" not in words_below(figures.curves(load_evidence(study), "pickscore"))
+    (study.root / "scores/diffusion_dpo/seed2.parquet").unlink()
+    for path in (study.root / "scores/sft").glob("*.parquet"):
+        frame = pd.read_parquet(path)
+        write_scores(path, frame[frame["scorer"] != "pickscore"])
+    (study.root / "runs/inversion_dpo_code/seed1/train.jsonl").unlink()
+    evidence = load_evidence(study)
+    figure = figures.curves(evidence, "pickscore")
+    text = words_below(figure)
+    assert "Not drawn: SFT (no PickScore); Diffusion-DPO (seed 2 missing)." in text
+    assert "Not drawn whole against evaluations and seconds: Inversion-DPO (released code)" in text
+    assert "SFT" not in words_below(figures.curves(evidence, "clip")).split("Not drawn whole")[0]
+    assert "Diffusion-DPO (seed 2 missing)" in words_below(figures.controls(evidence))
+    labels = [text.get_text() for text in figure.axes[2].texts]
+    assert "Inversion-DPO (released code)" in labels and "Diffusion-DPO" not in labels
+    colour = figures.method_colour(study, "inversion_dpo_code")
+    drawn = [sum(line.get_color() == colour for line in panel.lines) for panel in figure.axes]
+    assert drawn[0] == 2 and drawn[1] == 1, "its published values have a log"
+    other = make_config().model_copy(update={"study": "other"})
+    evidence = load_evidence(make_study(skip=("p_single_n10",), prompts=8, study=other))
+    assert "Not drawn: one timestep of p, N = 10 (not run)." in words_below(figures.inversion_steps(evidence))
+
+
+def test_figure_3_has_the_papers_numbers_in_words() -> None:
+    evidence = load_evidence(make_study(prompts=8))
+    text = words_below(figures.curves(evidence, "pickscore"))
+    assert "0.2247 for Inversion-DPO with N = 20 at step 1,000; 0.2245 for Diffusion-DPO (retrained) at step" in text
+    assert "not on these axes" in text
+    assert "0.2247" not in words_below(figures.curves(evidence, "clip"))
+
+
+def test_arms_of_one_method_are_told_apart_by_their_lines() -> None:
+    config = make_config()
+    arms = {**config.arms, "p_single_as_q": config.arms["p_single"]}
+    compared = ArmList(arms=["base", "p_single", "p_single_as_q"])
+    some = config.experiments.model_copy(update={"comparison": compared})
+    study = make_study(prompts=8, study=config.model_copy(update={"arms": arms, "experiments": some}))
+    figure = figures.curves(load_evidence(study), "clip")
+    samples = {(line.get_color(), line.get_marker(), line.get_linestyle())
+               for line in figure.axes[2].lines if line.get_marker() != "None"}  # fmt: skip
+    assert len({colour for colour, *_ in samples}) == 1 and len(samples) == 2
 
 
 def test_publish_copies_and_rewrites_the_readme() -> None:

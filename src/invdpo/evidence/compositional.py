@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from invdpo.evidence import paper
 from invdpo.evidence.comparisons import NOTE, paired_table
 from invdpo.evidence.load import (
-    PAPER_NOTE,
     Evidence,
     arm_title,
     baseline_of,
     comparison_arms,
     config_file,
-    published,
 )
 from invdpo.evidence.printing import NOT_RUN, Block, Table, format_interval, record_of, triple
 from invdpo.evidence.statistics import Interval, mean_interval
@@ -36,7 +35,8 @@ def table2(evidence: Evidence) -> Table:
     settings = study.experiments.distribution
     arms = list(settings.arms) if settings else comparison_arms(study)
     sets, lacking = _distances(study)
-    columns = ["source", "arm", "base", "seeds", "prompts", "images", "reference_images", "features", "rank"]
+    measure = f"invdpo distribution --study {config_file(study)}"
+    columns = ["source", "arm", "base", "status", "seeds", "prompts", "images", "reference_images", "features", "rank"]
     for metric in SET_METRICS:
         columns += [metric, f"{metric}_seeds_low", f"{metric}_seeds_high"]
     for metric in GRAPH_METRICS:
@@ -46,10 +46,12 @@ def table2(evidence: Evidence) -> Table:
     records, distances, graphs, gains = [], [], [], []
     for arm in arms:
         base = baseline_of(study, arm)
-        record: dict[str, Any] = {"source": "this study", "arm": arm}
+        record: dict[str, Any] = {"source": "this study", "arm": arm, "status": evidence.status(None, arm)}
         if evidence.has(arm):
             record |= {"seeds": len(evidence.scores[arm].seeds), "prompts": len(evidence.scores[arm].prompts)}
         measured, cells = sets.get(arm), [lacking.get(arm, NOT_RUN)] * len(SET_METRICS)
+        if settings and measured is None and record["status"] == "ok":
+            record["status"] = f"sets of images, {cells[0]}: {measure}"
         if measured is not None:
             record |= {name: int(measured[name].min()) for name in ("images", "reference_images", "features", "rank")}
             record["kid_subset_sd"] = float(measured["kid_subset_sd"].mean())
@@ -68,14 +70,12 @@ def table2(evidence: Evidence) -> Table:
         distances.append([arm_title(arm), *cells])
         graphs.append([arm_title(arm), *agreement])
         gains.append([arm_title(arm), *change])
-    printed = [row for row in published() if row["table"] == "2"]
-    paper = {(row["method"], row["base"]): {} for row in printed}
-    for row in printed:
-        paper[row["method"], row["base"]][row["metric"]] = float(row["value"])
     quoted = []
-    for (method, world), values in paper.items():
-        records.append({"source": "paper", "arm": method, "base": world, **values})
-        quoted.append([method, world, *(f"{values[metric]:g}" for metric in ("fid", *GRAPH_METRICS))])
+    for row in paper.rows("2"):
+        here = ", ".join(arm_title(arm) for arm in arms if paper.stands_for(study, arm, row)) or row.absent
+        records.append({"source": "paper", "arm": row.method, "base": row.base, "status": here, **row.values})
+        base_title = paper.BASES.get(row.base, row.base)
+        quoted.append([row.method, base_title, *(row.values[name] for name in ("fid", *GRAPH_METRICS)), here])
     titles = ["SG-IoU", "Entity-IoU", "Relation-IoU"]
     blocks = [
         Block(
@@ -85,13 +85,11 @@ def table2(evidence: Evidence) -> Table:
         ),
         Block("Scene graphs", ["Method", *titles], graphs),
         Block("Scene graphs, difference from the base model", ["Method", *titles], gains),
-        Block("What the paper reports", ["Method", "Base", "FID", *titles], quoted),
+        Block(paper.REPORTED, ["Method", "Base", "FID", *titles, "Here"], quoted),
     ]
-    notes = [NOTE, *_set_notes(sets), PAPER_NOTE, *evidence.missing([*arms, base])]
+    notes = [NOTE, *_set_notes(sets), paper.settings_note("2"), *evidence.missing([*arms, base])]
     if settings and any(arm not in sets for arm in arms):
-        notes.append(
-            f"Sets of images: `invdpo distribution --study {config_file(study)}` measures those of every seed."
-        )
+        notes.append(f"Sets of images: `{measure}` measures those of every seed.")
     return Table("Table 2: compositional generation", notes, records, columns, blocks)
 
 

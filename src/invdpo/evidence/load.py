@@ -45,11 +45,13 @@ ARMS = {
     "inversion_dpo_paper": "Inversion-DPO (Eq. 16)",
     "inversion_dpo_paper_as_minus": "Inversion-DPO (Eq. 16), fp16 start, values tuned for DPO's sign",
     "inversion_dpo_minus": "Inversion-DPO (Eq. 16, DPO's sign)",
+    "inversion_dpo_minus_as_paper": "Inversion-DPO (Eq. 16, DPO's sign), fp16 start, at Eq. 16's values",
     "inversion_dpo_code": "Inversion-DPO (released code)",
     "inversion_dpo_exact": "Inversion-DPO (Eq. 11)",
     "inversion_dpo_implied": "Inversion-DPO (implied noise)",
     "q_single": "one timestep of q",
     "p_single": "one timestep of p",
+    "p_single_as_q": "one timestep of p, at q's values",
     "ddim_inpo": "DDIM-InPO",
     "smpo": "SmPO",
     "mapo": "MaPO",
@@ -75,11 +77,6 @@ SUFFIXES = {
 INCOMPLETE = (
     "is missing or not finite for some checkpoint, seed or prompt. "
     "Evaluate every seed of the arm with the same study file."
-)
-
-PAPER_NOTE = (
-    "The paper's values belong to another model, another prompt set (not stated) and other scorers: compare signs and "
-    "order, never the numbers themselves."
 )
 
 

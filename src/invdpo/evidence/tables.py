@@ -6,12 +6,13 @@ to `costs.json`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from invdpo.evidence import paper
 from invdpo.evidence.comparisons import (
     LEADERS_NOTE,
     NOTE,
@@ -36,7 +37,6 @@ from invdpo.evidence.comparisons import (
 )
 from invdpo.evidence.compositional import composition, table2
 from invdpo.evidence.load import (
-    PAPER_NOTE,
     Evidence,
     arm_title,
     baseline_arm,
@@ -46,7 +46,6 @@ from invdpo.evidence.load import (
     control_arms,
     load_evidence,
     load_run,
-    published,
     scorer_title,
     step_families,
 )
@@ -64,19 +63,6 @@ def _mean(evidence: Evidence, arm: str, scorer: str) -> Interval | None:
 
 def _mean_text(evidence: Evidence, arm: str, scorer: str, mean: Interval | None, standing: str = "") -> str:
     return evidence.absent(scorer, arm) if mean is None else marked(format_interval(mean), standing)
-
-
-def _paper(study: StudyConfig, arm: str, table: str, scorer: str, base: str, steps: str = "") -> float | None:
-    """The paper's number for this arm's recipe, only where the labels are the true ones, or for its weights."""
-    entry = study.arms[arm]
-    if entry.labels != "true":
-        return None
-    for row in published():
-        same = (row["table"], row["metric"], row["base"], row["inversion_steps"]) == (table, scorer, base, steps)
-        recipes = row["recipes"].split(";")
-        if same and (Path(entry.method).stem in recipes if entry.weights is None else row["method"] == entry.published):
-            return float(row["value"])
-    return None
 
 
 def _costs(evidence: Evidence, arm: str) -> dict[str, int]:
@@ -102,13 +88,12 @@ def table1(evidence: Evidence) -> Table:
     study, scorers, primary = evidence.study, evidence.scorers, evidence.primary
     groups = by_base(study, comparison_arms(study)) or {None: []}
     arms = [arm for group in groups.values() for arm in group]
-    papers = [(scorer, world) for scorer in ("pickscore", "clip", "aesthetic") for world in ("sdxl", "sd15")]
     columns = ["arm", *(["base"] if len(groups) > 1 else []), "status", "seeds", "prompts"]
     columns += ["optimizer_steps", "pairs_seen", "unet_evals"]
     for scorer in scorers:
         columns += [*triple(scorer), f"{scorer}_standing", *difference_columns(f"{scorer}_minus_base")]
     columns += [*triple(f"{primary}_win_rate"), f"{primary}_win_rate_p_holm"]
-    columns += [f"paper_{scorer}_{world}" for scorer, world in papers]
+    columns += paper.columns()
     place = standings(evidence, {str(base): group for base, group in groups.items()})
     found, wins = _gains_and_wins(evidence, arms)
     records, means, gains, sizes, other = [], {}, {}, {}, {}
@@ -131,8 +116,7 @@ def table1(evidence: Evidence) -> Table:
         won = wins.get(arm)
         if won is not None:
             record |= record_of(f"{primary}_win_rate", won.interval) | {f"{primary}_win_rate_p_holm": won.p_holm}
-        for scorer, world in papers:
-            record[f"paper_{scorer}_{world}"] = _paper(study, arm, "1", scorer, world)
+        record |= paper.beside(study, arm, "1")
         records.append(record)
         name = arm_title(arm)
         means.setdefault(group, []).append([name, *mean_cells])
@@ -142,12 +126,13 @@ def table1(evidence: Evidence) -> Table:
         gains.setdefault(group, []).append([name, *gain_cells, rate])
         if arm != base:
             sizes.setdefault(group, []).append([name, *size_cells])
-        quoted = [
-            " / ".join("–" if (v := record[f"paper_{s}_{w}"]) is None else f"{v:g}" for w in ("sdxl", "sd15"))
-            for s in ("pickscore", "clip", "aesthetic")
-        ]
         spent = _spent(evidence, record, ("optimizer_steps", "pairs_seen", "unet_evals"))
-        other.setdefault(group, []).append([name, *spent, *quoted])
+        other.setdefault(group, []).append([name, *spent, *paper.quoted(record)])
+    lacking = _unfilled(study, "1", arms, list(groups))
+    for name, (group, record) in lacking.items():
+        records.append({"arm": name, **record})
+        means.setdefault(group, []).append([name, *[record["status"]] * len(scorers)])
+        other.setdefault(group, []).append([name, *[record["status"]] * 3, *paper.quoted(record)])
     titles = [scorer_title(scorer) for scorer in scorers]
     heads = {
         "Mean score": (["Method", *titles], means),
@@ -172,10 +157,30 @@ def table1(evidence: Evidence) -> Table:
         for group in groups
     ]
     bases = dict.fromkeys(baseline_of(study, arm) for arm in arms)
-    notes = [NOTE, LEADERS_NOTE, TESTED_NOTE.format("the base model"), PAPER_NOTE, *evidence.missing([*arms, *bases])]
+    notes = [NOTE, LEADERS_NOTE, TESTED_NOTE.format("the base model"), paper.settings_note("1")]
+    notes += [*_unfilled_note(lacking), *evidence.missing([*arms, *bases])]
     if len(groups) > 1:
         notes.insert(2, "A row is compared with those of its own base model.")
     return Table("Table 1: methods and scores", notes, records, columns, blocks)
+
+
+def _unfilled(
+    study: StudyConfig, table: str, arms: list[str], groups: list[str | None]
+) -> dict[str, tuple[str | None, dict[str, str]]]:
+    """Name -> group and columns of the paper's methods that no arm is; in their base's group, if there is one."""
+    found: dict[str, tuple[str | None, dict[str, str]]] = {}
+    first = None if None in groups else groups[0]
+    for row in paper.unfilled(study, table, arms):
+        group = row.base if row.base in groups else first
+        name = row.method if group == first else f"{row.method} ({paper.BASES[row.base]})"
+        _, known = found.get(name, (group, {}))
+        found[name] = group, {**known, "status": row.absent, **row.columns}
+    return found
+
+
+def _unfilled_note(names: Iterable[str]) -> list[str]:
+    listed = ", ".join(names)
+    return [f"In the paper's table, and no arm of this study: {listed}."] if listed else []
 
 
 def _gains_and_wins(
@@ -200,11 +205,10 @@ def _gains_and_wins(
 def table3(evidence: Evidence) -> Table:
     """Number of inversion steps: means, and differences from the fewest steps of the same family."""
     study, scorers = evidence.study, evidence.scorers
-    papers = ("pickscore", "clip", "aesthetic")
     columns = ["family", "inversion_steps", "arm", "status", "optimizer_steps", "unet_evals"]
     for scorer in scorers:
         columns += [*triple(scorer), f"{scorer}_standing", *difference_columns(f"{scorer}_minus_fewest")]
-    columns += [f"paper_{scorer}_sdxl" for scorer in papers]
+    columns += paper.columns(["sdxl"])
     families = step_families(study)
     place = standings(evidence, {name: list(arms.values()) for name, arms in families.items()})
     pairs = [(arm, min(arms.items())[1]) for arms in families.values() for arm in arms.values()]
@@ -223,34 +227,58 @@ def table3(evidence: Evidence) -> Table:
                 record |= difference_record(f"{scorer}_minus_fewest", gain)
                 mean_cells.append(_mean_text(evidence, arm, scorer, mean, standing))
                 gain_cells.append("–" if arm == fewest else difference_text(evidence, scorer, gain, arm, fewest))
-            for scorer in papers:
-                record[f"paper_{scorer}_sdxl"] = _paper(study, arm, "3", scorer, "sdxl", str(count))
-            quoted = " / ".join("–" if (v := record[f"paper_{s}_sdxl"]) is None else f"{v:g}" for s in papers)
+            record |= paper.beside(study, arm, "3", str(count))
+            quoted = " / ".join(record.get(column, "–") for column in paper.columns(["sdxl"]))
             records.append(record)
             means.append([arm_title(name), str(count), *mean_cells, *_spent(evidence, record, ["unet_evals"]), quoted])
             gains.append([arm_title(name), str(count), *gain_cells])
+    printed, reported = _reported_steps(study, families)
+    records += printed
     titles = [scorer_title(scorer) for scorer in scorers]
+    heads = ["Method", "N", "Steps", *map(scorer_title, paper.SCORES), "Where", "Here"]
     blocks = [
         Block("Mean score", ["Family", "N", *titles, "UNet evaluations", "paper PickScore / CLIP / Aesthetic"], means),
         Block("Difference from the fewest steps of the family", ["Family", "N", *titles], gains),
+        Block(paper.REPORTED, heads, reported),
     ]
     notes = [NOTE, f"{LEADERS_NOTE} A row is compared with those of its family."]
-    notes += [TESTED_NOTE.format("the fewest steps"), detectable_note(evidence, found), PAPER_NOTE]
+    notes += [TESTED_NOTE.format("the fewest steps"), detectable_note(evidence, found), paper.settings_note("3")]
     notes += evidence.missing(arm for arms in families.values() for arm in arms.values())
     return Table("Table 3: number of inversion steps N", notes, records, columns, blocks)
 
 
+def _reported_steps(
+    study: StudyConfig, families: Mapping[str, Mapping[int, str]]
+) -> tuple[list[dict[str, Any]], list[list[str]]]:
+    """The paper's own numbers by inversion steps, of Table 3 and of section 5.4, as records and as rows in print."""
+    records, printed = [], []
+    for table in ("3", "fig3"):
+        for row in paper.rows(table):
+            own = [
+                arm_title(arm)
+                for arms in families.values()
+                for count, arm in arms.items()
+                if str(count) == row.steps and paper.stands_for(study, arm, row)
+            ]
+            here = ", ".join(own) or row.absent if table == "3" else "Figure 3"
+            name = ", ".join([row.method, *([f"N = {row.steps}"] if row.steps else []), f"step {row.optimizer_steps}"])
+            records.append({"family": row.method, "inversion_steps": row.steps, "arm": name, "status": here})
+            records[-1] |= {"optimizer_steps": row.optimizer_steps, **row.columns}
+            values = [row.values.get(score, "–") for score in paper.SCORES]
+            printed.append([row.method, row.steps or "–", row.optimizer_steps, *values, row.source, here])
+    return records, printed
+
+
 def table_s5(evidence: Evidence) -> Table:
-    """One timestep drawn from q against one from the inversion p: the last arm minus the first."""
+    """One timestep drawn from q against ones from the inversion p: every later arm minus the first."""
     study, scorers = evidence.study, evidence.scorers
     arms = list(study.experiments.q_vs_p.arms) if study.experiments.q_vs_p else []
     columns = ["row", "status", "optimizer_steps", "unet_evals"]
     for scorer in scorers:
         columns += [*difference_columns(scorer), f"{scorer}_standing"]
+    columns += paper.columns()
     place = standings(evidence, {"all": arms})
-    found = differences(evidence, [(arms[-1], arms[0])] if len(arms) > 1 else [])
-    papers = [(scorer, world) for scorer in ("pickscore", "clip", "aesthetic") for world in ("sdxl", "sd15")]
-    columns += [f"paper_{scorer}_{world}" for scorer, world in papers]
+    found = differences(evidence, [(arm, arms[0]) for arm in arms[1:]])
     records, rows = [], []
     for arm in arms:
         record: dict[str, Any] = {"row": arm, "status": evidence.status(None, arm), **_costs(evidence, arm)}
@@ -259,36 +287,30 @@ def table_s5(evidence: Evidence) -> Table:
             mean, standing = _mean(evidence, arm, scorer), place.get(("all", arm, scorer), "")
             record |= record_of(scorer, mean) | {f"{scorer}_standing": standing}
             cells.append(_mean_text(evidence, arm, scorer, mean, standing))
-        record |= {f"paper_{s}_{w}": _paper(study, arm, "s5", s, w) for s, w in papers}
+        record |= paper.beside(study, arm, "s5")
         records.append(record)
-        rows.append([arm_title(arm), *cells, *_quoted_pairs(record)])
-    if len(arms) > 1:
-        first, last = arms[0], arms[-1]
-        record = {"row": f"{last} - {first}", "status": evidence.status(None, last, first)}
+        rows.append([arm_title(arm), *cells, *paper.quoted(record)])
+    for arm in arms[1:]:
+        first = arms[0]
+        record = {"row": f"{arm} - {first}", "status": evidence.status(None, arm, first)}
         cells = []
         for scorer in scorers:
-            gain = found.get((last, first, scorer))
+            gain = found.get((arm, first, scorer))
             record |= difference_record(scorer, gain)
-            cells.append(difference_text(evidence, scorer, gain, last, first))
-        for scorer, world in papers:
-            values = [_paper(study, arm, "s5", scorer, world) for arm in (last, first)]
-            if values[0] is not None and values[1] is not None:
-                record[f"paper_{scorer}_{world}"] = round(values[0] - values[1], 6)
+            cells.append(difference_text(evidence, scorer, gain, arm, first))
+        record |= paper.minus(paper.beside(study, arm, "s5"), paper.beside(study, first, "s5"))
         records.append(record)
-        rows.append(["Difference, paired", *cells, *_quoted_pairs(record)])
+        rows.append([f"{arm_title(arm)} minus {arm_title(first)}, paired", *cells, *paper.quoted(record)])
+    lacking = _unfilled(study, "s5", arms, [None])
+    for name, (_, record) in lacking.items():
+        records.append({"row": name, **record})
+        rows.append([name, *[record["status"]] * len(scorers), *paper.quoted(record)])
     head = ["Noise from", *[scorer_title(scorer) for scorer in scorers]]
-    head += [f"paper {scorer_title(scorer)} (SDXL / SD1.5)" for scorer in ("pickscore", "clip", "aesthetic")]
+    head += [f"paper {scorer_title(scorer)} (SDXL / SD1.5)" for scorer in paper.SCORES]
     blocks = [Block("Mean score", head, rows)]
-    notes = [NOTE, LEADERS_NOTE, TESTED_NOTE.format("zero"), detectable_note(evidence, found), PAPER_NOTE]
-    notes += evidence.missing(arms)
+    notes = [NOTE, LEADERS_NOTE, TESTED_NOTE.format("zero"), detectable_note(evidence, found)]
+    notes += [paper.settings_note("s5"), *_unfilled_note(lacking), *evidence.missing(arms)]
     return Table("Table S5: one timestep of q against one of p", notes, records, columns, blocks)
-
-
-def _quoted_pairs(record: dict[str, Any]) -> list[str]:
-    return [
-        " / ".join("–" if (v := record.get(f"paper_{s}_{w}")) is None else f"{v:g}" for w in ("sdxl", "sd15"))
-        for s in ("pickscore", "clip", "aesthetic")
-    ]
 
 
 def controls(evidence: Evidence) -> Table:
