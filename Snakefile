@@ -67,7 +67,7 @@ rule all:
         rules.report.output,
         rules.present.output if STUDIED else [],
         rules.user_study_bundle.output if study.user_study else [],
-        rules.user_study_analysis.output if VOTED else [],
+        rules.user_study_analysis.output if study.user_study else [],
 
 
 onstart:

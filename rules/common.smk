@@ -71,11 +71,18 @@ MODULES = {
         *(f"scorers/{name}" for name in ("distribution", "openclip", "pictures", "texts", "weights")),
         *(f"world/{name}" for name in ("reference", "render", "scenes")),
     ),
-    "tables": ("evidence/tables", "evidence/comparisons", "evidence/compositional", "evidence/printing", *READING),
-    "figures": ("evidence/figures", "evidence/grids", *READING),
+    "tables": (
+        "evidence/tables",
+        "evidence/comparisons",
+        "evidence/compositional",
+        "evidence/paper",
+        "evidence/printing",
+        *READING,
+    ),
+    "figures": ("evidence/figures", "evidence/grids", "evidence/paper", "evidence/printing", *READING),
     "claims": (*CLAIMS, "evidence/printing", *READING),
     "model_cards": ("evidence/model_card",),
-    "report": ("evidence/report", *CLAIMS, "evidence/figures", "evidence/printing", *READING),
+    "report": ("evidence/report", *CLAIMS, "evidence/figures", "evidence/paper", "evidence/printing", *READING),
     "mlflow": ("tracking", "evidence/ledger", *READING),
     "tune": ("tuning", *TRAINING, *EVALUATION),
     "experiments": EXPERIMENTS,
@@ -83,6 +90,7 @@ MODULES = {
         "evidence/experiments",
         "evidence/figures",
         "evidence/comparisons",
+        "evidence/paper",
         "evidence/printing",
         *READING,
     ),
@@ -292,9 +300,8 @@ def shown(title, path, caption, category):
     return report(path, caption=caption, category=category, labels={"shows": title})
 
 
-# Votes of people, where there are any: an export without a vote is a line of column names.
-VOTES = Path(study.root, "user_study", "votes.csv")
-VOTED = study.user_study is not None and VOTES.is_file() and VOTES.read_bytes().count(b"\n") > 1
+# Table S4 stands in every study with people; user_study.smk makes it.
+TABLE_S4 = ["<results>/tables/table_s4.csv"] if study.user_study else []
 
 RUNS = every_run("run.json")
 CURVES = every_run("train.jsonl")

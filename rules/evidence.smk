@@ -45,6 +45,7 @@ rule figures:
         images=IMAGES,
         runs=RUNS,
         curves=CURVES,
+        published="src/invdpo/evidence/published.csv",
     output:
         png=[shown(FIGURES[name], f"<results>/figures/{name}.png", "report/figures.rst", "Figures") for name in FIGURES],
         pdf=expand("<results>/figures/{name}.pdf", name=FIGURES),
@@ -77,7 +78,7 @@ rule claims:
             for file in files
         ],
         distribution=["<results>/distribution.csv"] if DISTRIBUTION else [],
-        votes="<results>/tables/table_s4.csv" if VOTED else [],
+        votes=TABLE_S4,
         claims=local(study.claims),
     output:
         json="<results>/claims.json",
@@ -123,7 +124,7 @@ rule mlflow:
             *expand("<results>/tables/{name}.{format}", name=STUDIED, format=["csv", "md"]),
             *expand("<results>/figures/{name}.png", name=[name for _, drawn in STUDIED.values() for name in drawn]),
         ],
-        votes="<results>/tables/table_s4.csv" if VOTED else [],
+        votes=TABLE_S4,
     output:
         # The import replaces only runs that changed, so the database of the last time is kept.
         update("<results>/mlflow.db"),

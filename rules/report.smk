@@ -8,7 +8,7 @@ rule report:
         claims=rules.claims.output if study.claims else [],
         experiments=rules.present.output if STUDIED else [],
         measured=expand("<results>/experiments/{name}/provenance.json", name=STUDIED),
-        votes=rules.user_study_analysis.output if VOTED else [],
+        votes=rules.user_study_analysis.output if study.user_study else [],
         scores=SCORES,
         images=IMAGES,
         runs=RUNS,

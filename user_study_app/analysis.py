@@ -1,4 +1,4 @@
-"""From exported votes and the key to Table S4 and to how far the votes can be trusted.
+"""From exported votes and the key to Table S4 (`invdpo.evidence.votes`) and to how far the votes can be trusted.
 
 A vote scores 1 for the group's second arm, 0 for its first, one half for a tie; "problem" is no vote. Practice,
 attention and repeated trials are in no win rate. Everything is computed with all raters, and again without those that
@@ -23,16 +23,16 @@ from scipy import stats
 
 from invdpo.config import StudyConfig
 from invdpo.errors import InvdpoError
-from invdpo.evidence.load import RESCALED, SCORERS, arm_title, published, scorer_title
-from invdpo.evidence.printing import Block, Table, format_interval, record_of, triple, write_table
+from invdpo.evidence import votes as table_s4
+from invdpo.evidence.load import RESCALED, SCORERS, arm_title, scorer_title
+from invdpo.evidence.printing import Block, Table, record_of, triple, write_table
 from invdpo.evidence.statistics import Interval, holm
+from invdpo.evidence.votes import NONE, SETS, percent
 from invdpo.files import write_json
 from invdpo.provenance import stamp
 from invdpo.scorers.composition import TASKS
 from user_study_app.settings import Places
 from user_study_app.statistics import alpha_interval, p_of_half, rater_agreement, robust_interval, share, strengths
-
-NONE = "–"
 
 
 @dataclass(frozen=True)
@@ -157,17 +157,7 @@ def rater_facts(votes: Votes, rules: dict[str, Any]) -> list[dict[str, Any]]:
     return facts
 
 
-def paper_value(study: StudyConfig, arms: tuple[str, str]) -> float | None:
-    """The paper's share for a comparison of these two kinds of methods, trained on true labels."""
-    first, second = (study.arms[arm] for arm in arms)
-    opponent = {"no_training": "SDXL", "diffusion_dpo": "Diffusion-DPO"}.get(Path(first.method).stem)
-    if not Path(second.method).stem.startswith("inversion_dpo") or {first.labels, second.labels} != {"true"}:
-        return None
-    rows = [row for row in published() if row["table"] == "s4" and row["method"] == f"Inversion-DPO against {opponent}"]
-    return float(rows[0]["value"]) if rows else None
-
-
-def win_rates(study: StudyConfig, votes: Votes) -> list[dict[str, Any]]:
+def win_rates(votes: Votes) -> list[dict[str, Any]]:
     """One record a group."""
     records = []
     for group, arms in votes.arms.items():
@@ -186,7 +176,6 @@ def win_rates(study: StudyConfig, votes: Votes) -> list[dict[str, Any]]:
             "losses": int((rows["value"] == 0).sum()),
             "problems": int(rows["value"].isna().sum()),
             "p": p_of_half(rows, rows["value"]),
-            "paper": paper_value(study, arms),
         }
         record |= record_of("win_rate", share(rows, rows["value"]))
         record |= {"win_rate_robust_low": robust[0], "win_rate_robust_high": robust[1]} if robust else {}
@@ -245,65 +234,6 @@ QUANTITIES = {
     "problem_share": "Problems reported",
     "response_ms": "Milliseconds a trial: median [quartiles]",
 }
-SETS = {"all": "All raters", "kept": "After the exclusions written before the study"}
-PAPER_NOTE = (
-    "Paper: section S7, 500 pairs a group of SDXL images, 10 participants, no ties; its number of votes is not stated "
-    "(66.53 % and 72.67 % are both possible with 1,500 votes, neither with 5,000). Another model and other prompts: "
-    "compare the direction, never the numbers themselves."
-)
-
-
-def table_s4(
-    study: StudyConfig,
-    rates: dict[str, list[dict[str, Any]]],
-    fits: dict[str, dict[str, Interval] | None],
-    shown: list[str],
-) -> Table:
-    """Win rates beside the paper's and the common scale of the methods; `shown`: which sets of raters are printed."""
-    columns = ["raters_used", "group", "baseline", "arm", "raters", "pairs", "votes", "wins", "ties", "losses"]
-    columns += ["problems", *triple("win_rate"), "win_rate_robust_low", "win_rate_robust_high", *triple("tie_free")]
-    columns += ["p", "p_holm", "paper"]
-    records, blocks = [], []
-    head = ["Comparison", "Raters", "Pairs", "Votes", "Win / tie / loss", "Win rate, ties as half"]
-    head += ["Two-way robust interval", "Win rate without ties", "p (Holm)", "Paper"]
-    for used, found in rates.items():
-        rows = []
-        for record in found:
-            records.append({"raters_used": used, **record})
-            rows.append(
-                [
-                    f"{arm_title(record['arm'])} against {arm_title(record['baseline'])}",
-                    *(f"{record[name]:,}" for name in ("raters", "pairs", "votes")),
-                    f"{record['wins']} / {record['ties']} / {record['losses']}",
-                    _percent(record, "win_rate"),
-                    _percent(record, "win_rate_robust", ends_only=True),
-                    _percent(record, "tie_free"),
-                    NONE if record.get("p_holm") is None else f"{record['p_holm']:.2g}",
-                    NONE if record["paper"] is None else f"{100 * record['paper']:.2f} %",
-                ]
-            )
-        if used in shown:
-            blocks.append(Block(SETS[used], head, rows))
-    for used in shown:
-        if found := fits[used]:
-            first = next(iter(rates[used]))["baseline"]
-            rows = [[arm_title(first), "0"]]
-            rows += [
-                [arm_title(arm), format_interval(interval, sign=True)]
-                for arm, interval in found.items()
-                if arm != "tie"
-            ]
-            rows.append(["log of the tie parameter", format_interval(found["tie"], sign=True)])
-            blocks.append(
-                Block(f"Log-strength, Bradley-Terry with Davidson's ties. {SETS[used]}", ["Method", "Value"], rows)
-            )
-    notes = [
-        "95 % intervals: crossed bootstrap over raters and prompts (9,999 draws); the robust one sums the variances "
-        "clustered by rater and by prompt. p: against one half, Holm over the comparisons.",
-        PAPER_NOTE,
-        *([] if "kept" in shown else ["The rules of exclusion that were written before the study exclude nobody."]),
-    ]
-    return Table(f"Table S4: human preference ({study.study})", notes, records, columns, blocks)
 
 
 def quality_table(
@@ -314,7 +244,7 @@ def quality_table(
     rules: dict[str, Any],
     shown: list[str],
 ) -> Table:
-    """Reliability, biases, agreement with the scores, and every rater; `shown` as in `table_s4`."""
+    """Reliability, biases, agreement with the scores, and every rater; `shown`: which sets of raters are printed."""
     names = {group: f"{arm_title(b)} / {arm_title(a)}" for group, (a, b) in votes.arms.items()} | {"all": "all trials"}
     records = [{"raters_used": used, **record} for used, rows in found.items() for record in rows]
     blocks = []
@@ -323,11 +253,11 @@ def quality_table(
 
         def cells(quantity: str, by_place: dict[tuple[str, str], dict[str, Any]] = by_place) -> list[str]:
             records = [by_place.get((quantity, group), {}) for group in names]
-            return [_plain(r) if quantity in ("alpha", "response_ms") else _percent(r, "value") for r in records]
+            return [_plain(r) if quantity in ("alpha", "response_ms") else percent(r, "value") for r in records]
 
         head = ["", *names.values()]
         rows = [[text, *cells(name)] for name, text in QUANTITIES.items()]
-        robust = [_percent(by_place[("left_share", group)], "robust", ends_only=True) for group in names]
+        robust = [percent(by_place[("left_share", group)], "robust", ends_only=True) for group in names]
         rows.insert(list(QUANTITIES).index("left_share") + 1, ["… two-way robust interval", *robust])
         blocks.append(Block(f"Reliability. {SETS[used]}", head, rows))
         scores = [[scorer_title(name), *cells(f"agreement_{name}")] for name in votes.scorers]
@@ -368,14 +298,6 @@ def quality_table(
     return Table(f"User study: how far the votes can be trusted ({study.study})", notes, records, columns, blocks)
 
 
-def _percent(record: dict[str, Any], prefix: str, ends_only: bool = False) -> str:
-    low, high = record.get(f"{prefix}_low"), record.get(f"{prefix}_high")
-    if low is None or high is None:
-        return NONE
-    ends = f"[{100 * low:.1f}, {100 * high:.1f}] %"
-    return ends if ends_only else f"{100 * record[prefix]:.1f} {ends}"
-
-
 def _plain(record: dict[str, Any]) -> str:
     if record.get("value") is None:
         return NONE
@@ -400,12 +322,11 @@ def analyse(study: StudyConfig, export: Path, folder: Path) -> list[Path]:
     rules = manifest["exclusions"]
     raters = rater_facts(votes, rules)
     sets = {"all": votes, "kept": votes.without({fact["rater"] for fact in raters if fact["excluded"]})}
-    rates = {used: win_rates(study, kept) for used, kept in sets.items()}
+    rates = {used: win_rates(kept) for used, kept in sets.items()}
     fits = {used: strengths(kept.trials(), arms) for used, kept in sets.items()}
     found = {used: measures(kept) for used, kept in sets.items()}
     shown = ["all", "kept"] if any(fact["excluded"] for fact in raters) else ["all"]
-    paths = write_table(folder, "table_s4", table_s4(study, rates, fits, shown))
-    paths += write_table(folder, "user_study", quality_table(study, votes, found, raters, rules, shown))
+    paths = write_table(folder, "user_study", quality_table(study, votes, found, raters, rules, shown))
     content = {
         "win_rates": rates,
         "strengths": {used: fit and {arm: vars(value) for arm, value in fit.items()} for used, fit in fits.items()},
@@ -415,4 +336,11 @@ def analyse(study: StudyConfig, export: Path, folder: Path) -> list[Path]:
         "provenance": stamp(study, config_hash=manifest["bundle"][:16], started=started),
     }
     write_json(folder / "user_study.json", content)
-    return [*paths, folder / "user_study.json"]
+    return [*table_s4.write(study, folder), *paths, folder / "user_study.json"]
+
+
+def without_votes(study: StudyConfig, folder: Path) -> list[Path]:
+    """Write folder/table_s4.{csv,md,tex} of no vote, and delete what was counted of earlier ones; the paths written."""
+    for ending in ("csv", "md", "tex", "json"):
+        (folder / f"user_study.{ending}").unlink(missing_ok=True)
+    return table_s4.write(study, folder)

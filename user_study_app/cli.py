@@ -124,12 +124,14 @@ def analyse(
         Path | None, typer.Option(help="Folder. Default: the study's tables; of other votes, beside them.")
     ] = None,
 ) -> None:
-    """Table S4, reliability and agreement with the scores."""
+    """Table S4, reliability and agreement with the scores; without the study's votes, Table S4 says what is missing."""
     from user_study_app.analysis import analyse as run
+    from user_study_app.analysis import without_votes
 
     config, places = _places(study)
     folder = out or (votes.with_suffix("") if votes else config.root / "tables")
-    for path in run(config, votes or places.votes, folder):
+    paths = run(config, votes or places.votes, folder) if votes or places.voted else without_votes(config, folder)
+    for path in paths:
         typer.echo(path)
 
 

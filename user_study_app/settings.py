@@ -97,3 +97,8 @@ class Places:
         self.key = self.root / "key.json"
         self.earlier = self.root / "earlier"
         self.votes = self.root / "votes.csv"
+
+    @property
+    def voted(self) -> bool:
+        """Whether the export holds a vote: without one it is a line of column names."""
+        return self.votes.is_file() and self.votes.read_bytes().count(b"\n") > 1

@@ -397,7 +397,7 @@ def count_jobs(study: StudyConfig) -> dict[str, int]:
     evidence = ["tables", "speed", "figures", "mlflow", "report"]
     evidence += [*(["claims"] if study.claims else []), *(["model_cards"] if trains else [])]
     evidence += ["present"] if experiments.measured else []
-    evidence += ["user_study_bundle"] if study.user_study else []
+    evidence += ["user_study_bundle", "user_study_analysis"] if study.user_study else []
     return {
         "preferences": int(trains),
         "train": arms,

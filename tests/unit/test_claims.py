@@ -16,7 +16,7 @@ from scipy.stats import spearmanr
 
 from invdpo.config import StudyConfig, load_study
 from invdpo.errors import InvdpoError
-from invdpo.evidence import claims, ledger
+from invdpo.evidence import claims, ledger, votes
 from invdpo.evidence.load import Evidence, load_evidence
 from invdpo.experiments.precision import agreement
 
@@ -178,13 +178,16 @@ def test_round_trips_are_judged_at_the_most_steps_over_pictures() -> None:
 
 def test_votes_are_those_that_the_exclusions_leave() -> None:
     study = make_study(prompts=8)
-    assert "make user-study" in rows(study)["people_prefer_it_to_the_base", "inversion_dpo_implied"].reason
+    (study.root / "tables").mkdir()
+    asked = {"groups": [{"arms": ["base", "inversion_dpo_implied"]}]}
+    for written in ([], votes.write(study.model_copy(update={"user_study": asked}))):
+        row = rows(study)["people_prefer_it_to_the_base", "inversion_dpo_implied"]
+        assert row.verdict == ledger.NOT_RUN and "no votes of people: `make user-study`" in row.reason, written
     place = {"arm": "inversion_dpo_implied", "baseline": "base", "raters": 10, "pairs": 100, "votes": 300}
     table = [
         place | {"raters_used": "all", "win_rate": 0.5, "win_rate_low": 0.45, "win_rate_high": 0.55},
         place | {"raters_used": "kept", "win_rate": 0.6, "win_rate_low": 0.52, "win_rate_high": 0.68},
     ]
-    (study.root / "tables").mkdir()
     pd.DataFrame(table).to_csv(study.root / "tables" / "table_s4.csv", index=False)
     found = rows(study)
     row = found["people_prefer_it_to_the_base", "inversion_dpo_implied"]

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from invdpo.cli import app
 from invdpo.config import StudyConfig, dump_study
 from invdpo.errors import InvdpoError
-from invdpo.evidence import claims, figures, grids, publish, rebuild, tables
+from invdpo.evidence import claims, figures, grids, publish, rebuild, tables, votes
 from invdpo.provenance import sha256_file
 
 ARMS = ["base", "sft", "diffusion_dpo"]
@@ -33,13 +33,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[StudyConfig
         config = make_config().model_dump(mode="json")
         config["arms"] = {name: config["arms"][name] for name in ARMS}
         config["experiments"] = {"comparison": {"arms": ARMS}, "grids": {"prompts": 2, "arms": ARMS}}
+        config["user_study"] = {"groups": [{"arms": ["base", "diffusion_dpo"]}]}
         # As the rules write it for the stages, with its keys in order.
         resolved = json.loads(dump_study(StudyConfig.model_validate(config)))
         study = make_study(prompts=8, study=StudyConfig.model_validate(resolved))
         weights = study.root / "runs/sft/seed0/unet/diffusion_pytorch_model.safetensors"
         weights.parent.mkdir()
         weights.write_bytes(b"weights")
-        for write in (tables.write, claims.write, figures.write, grids.write):
+        for write in (tables.write, votes.write, claims.write, figures.write, grids.write):
             write(study)
         (study.root / "tables/speed.csv").write_text("stage,ratio\nmeasured,2\n")
         Path("README.md").write_text(f"{publish.BEGIN}\n{publish.END}\n")
@@ -61,7 +62,15 @@ def test_everything_comes_back_byte_for_byte_without_the_study(published: StudyC
     found = rebuild.rebuild("toy")
     assert found.same, found.text()
     assert (found.folder / "tables/speed.csv").read_text().endswith("measured,2\n")
-    assert {"tables/table1.csv", "figures/fig1.png", "claims.json", "claims.md", "costs.json"} <= set(found.equal)
+    expected = {
+        "tables/table1.csv",
+        "tables/table_s4.tex",
+        "figures/fig1.png",
+        "claims.json",
+        "claims.md",
+        "costs.json",
+    }
+    assert expected <= set(found.equal)
     assert (found.folder / "tables/table1.csv").read_bytes() == (REFERENCE / "tables/table1.csv").read_bytes()
     assert found.folder == Path("results/toy_from_reference") and not list(published.root.glob("*"))
 

@@ -10,9 +10,12 @@ import numpy as np
 import pandas as pd
 import pytest
 from judged_study import fix_salt, make_study, settings, votes, write_votes
+from typer.testing import CliRunner
 
-from invdpo.config import StudyConfig
+from invdpo.cli import app
+from invdpo.config import StudyConfig, dump_study
 from invdpo.errors import InvdpoError
+from invdpo.evidence import votes as table_s4
 from user_study_app.analysis import Votes, analyse, measures, rater_facts, read_votes, win_rates
 from user_study_app.bundle import build
 from user_study_app.settings import Places
@@ -45,7 +48,7 @@ def joined(study: StudyConfig, behaviours: list[Behaviour], seed: int = 0, **opt
 
 
 def rate(study: StudyConfig, found: Votes, arms: tuple[str, str]) -> dict[str, Any]:
-    return next(record for record in win_rates(study, found) if (record["baseline"], record["arm"]) == arms)
+    return next(record for record in win_rates(found) if (record["baseline"], record["arm"]) == arms)
 
 
 def measure(found: Votes, quantity: str, group: str = "all") -> dict[str, Any]:
@@ -271,10 +274,13 @@ def test_tables_stand_beside_the_paper(study: StudyConfig, tmp_path: Path) -> No
         + ["user_study.json"]
     )
     table = pd.read_csv(tmp_path / "out" / "table_s4.csv").set_index(["raters_used", "arm", "baseline"])
-    assert list(table["paper"]) == [0.6653, 0.7267] * 2 and list(table["raters"]) == [12, 12, 10, 10]
+    ours, theirs = table[table["source"] == "this study"], table[table["source"] == "paper"]
+    assert list(ours["paper"]) == [0.6653, 0.7267] * 2 and list(ours["raters"]) == [12, 12, 10, 10]
+    assert list(theirs["win_rate"]) == [0.6653, 0.7267] and set(theirs["pairs"]) == {500}
     assert table.index[0] == ("all", "gecko_inverted", "walrus_base"), "the base model comes first, as in the paper"
     text = (tmp_path / "out" / "table_s4.md").read_text()
     assert "66.53 %" in text and "72.67 %" in text and "Davidson" in text
+    assert "| Inversion-DPO against SDXL | 0.3347 | 0.6653 | 500 | gecko_inverted against walrus_base |" in text
     text = (tmp_path / "out" / "user_study.md").read_text()
     assert "too fast" in text and "PickScore" in text and "Krippendorff" in text
     content = json.loads((tmp_path / "out" / "user_study.json").read_text())
@@ -284,6 +290,45 @@ def test_tables_stand_beside_the_paper(study: StudyConfig, tmp_path: Path) -> No
     before = {p.name: p.read_bytes() for p in paths if p.suffix != ".json"}
     analyse(study, path, tmp_path / "out")
     assert {p.name: p.read_bytes() for p in paths if p.suffix != ".json"} == before
+    again = table_s4.write(study, tmp_path / "out")
+    assert {p.name: p.read_bytes() for p in again} == {p.name: before[p.name] for p in again}, "from the counts alone"
+
+
+def test_without_votes_table_s4_says_how_to_get_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    study = make_study(prompts=2)
+    resolved = tmp_path / "study.json"
+    resolved.write_text(dump_study(study))
+    folder = study.root / "tables"
+    folder.mkdir()
+    counted = folder / "user_study.json"
+    counted.write_text("of votes that were deleted since")
+    command = ["study", "analyse", "--study", str(resolved)]
+
+    def check() -> None:
+        assert CliRunner().invoke(app, command, catch_exceptions=False).exit_code == 0
+        assert sorted(path.name for path in folder.iterdir()) == [f"table_s4.{kind}" for kind in ("csv", "md", "tex")]
+        rows = pd.read_csv(folder / "table_s4.csv")
+        assert list(rows["status"][:2]) == ["not run: `make user-study`, then `make user-study-analysis`"] * 2
+        assert list(rows["paper"][:2]) == list(rows["win_rate"][2:]) == [0.6653, 0.7267]
+        assert rows["win_rate"][:2].isna().all() and rows["raters_used"].isna().all()
+        line = next(line for line in (folder / "table_s4.md").read_text().splitlines() if "walrus_base" in line)
+        assert "`make user-study-analysis`" in line and line.endswith("66.53 % |")
+
+    check()
+    Places(study).votes.parent.mkdir()
+    Places(study).votes.write_text("rater,slot,index\n")  # an export without a vote
+    counted.write_text("of votes that were deleted since")
+    check()
+    wrong = CliRunner().invoke(app, [*command, "--votes", str(tmp_path / "mine.csv")])
+    assert isinstance(wrong.exception, InvdpoError) and "mine.csv is missing" in str(wrong.exception)
+
+
+def test_a_study_that_asks_something_else_says_so_beside_the_papers_comparisons(study: StudyConfig) -> None:
+    asked = settings(groups=[{"arms": ["walrus_base", "marmot_dpo"], "pairs": 4}])
+    table = table_s4.table_s4(study.model_copy(update={"user_study": asked}), None)
+    assert [record["paper"] for record in table.records[:1]] == [None]
+    assert {record["status"] for record in table.records[1:]} == {"not run: no such group in `user_study`"}
 
 
 def test_unfinished_and_single_raters_are_analysed(study: StudyConfig, tmp_path: Path) -> None:
@@ -300,7 +345,7 @@ def test_problems_are_no_votes(study: StudyConfig) -> None:
     rows = votes(study, [behaviour()])
     rows.loc[rows["rater"] == rows["rater"][0], "choice"] = "problem"
     found = read_votes(write_votes(study, rows), Places(study))[0]
-    records = win_rates(study, found)
+    records = win_rates(found)
     assert sum(r["votes"] for r in records) + sum(r["problems"] for r in records) == 408
     assert sum(r["problems"] for r in records) == 34 and records[0]["raters"] == 12
     assert measure(found, "problem_share")["value"] == pytest.approx(34 / 408)
@@ -327,9 +372,9 @@ def test_votes_on_a_replaced_bundle_are_still_analysed(tmp_path: Path, monkeypat
     study = make_study()
     build(study)
     rows = votes(study, [behaviour()])
-    expected = win_rates(study, read_votes(write_votes(study, rows), Places(study))[0])
+    expected = win_rates(read_votes(write_votes(study, rows), Places(study))[0])
     build(study.model_copy(update={"user_study": settings(seed=99)}))
-    assert win_rates(study, read_votes(Places(study).votes, Places(study))[0]) == expected
+    assert win_rates(read_votes(Places(study).votes, Places(study))[0]) == expected
 
 
 # ------------------------------------------------------------------------------------------------ through the server

@@ -158,9 +158,10 @@ def judge_distribution(study: StudyConfig, test: Test, row: Verdict) -> Verdict:
 def judge_votes(study: StudyConfig, test: Test, row: Verdict) -> Verdict:
     """Tests on Table S4: the share of arms[0]'s wins over arms[1] among the votes that the exclusions leave."""
     path = study.root / "tables" / "table_s4.csv"
-    if not path.is_file():
+    table = pd.read_csv(path) if path.is_file() else pd.DataFrame({"raters_used": []})
+    if "kept" not in table["raters_used"].tolist():
         return replace(row, reason="no votes of people: `make user-study`, then `make user-study-analysis`")
-    rows = _where(pd.read_csv(path), {"raters_used": "kept", "arm": test.arms[0], "baseline": test.arms[1]})
+    rows = _where(table, {"raters_used": "kept", "arm": test.arms[0], "baseline": test.arms[1]})
     if rows.empty:
         return replace(row, reason=f"people were not asked to compare {test.arms[0]} with {test.arms[1]}")
     found = rows.iloc[0]

@@ -14,7 +14,7 @@ from typing import Any
 
 from invdpo.config import StudyConfig, load_study
 from invdpo.errors import InvdpoError
-from invdpo.evidence import claims, experiments, figures, grids, tables
+from invdpo.evidence import claims, experiments, figures, grids, tables, votes
 from invdpo.evidence.publish import MADE, PROVENANCE, shown
 from invdpo.files import replace_when_done, write_json
 from invdpo.provenance import lock_hash, sha256_file
@@ -22,7 +22,7 @@ from invdpo.provenance import lock_hash, sha256_file
 REFERENCE = Path("results/reference")
 MARK = "rebuilt.json"  # in a folder that this module made, and may replace
 # Measured by `make bench`, and counted from people's votes: neither comes from scores.
-ELSEWHERE = ("tables/speed.", "tables/table_s4.", "tables/user_study.")
+ELSEWHERE = ("tables/speed.", "tables/user_study.")
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,8 @@ def rebuild(name: str, target: Path | None = None, reference: Path = REFERENCE) 
         write_json(folder / MARK, {"study": name, "lock_hash": lock_hash()})
         study = load_study(folder / "study.json").placed(folder)
         tables.write(study)
+        if study.user_study:
+            votes.write(study)
         figures.write(study)
         grids.write(study)
         experiments.write(study)
