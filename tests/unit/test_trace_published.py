@@ -107,7 +107,7 @@ def files(value: Any) -> set[Path]:
 def agrees(cell: str, value: str) -> bool:
     """Whether a printed cell is that of a csv file: its number, or its words."""
     if value in ("", "–") or (cell, value) == ("–", "0"):  # a difference that never varies has no detectable size
-        return cell == "–"
+        return cell == "–" or cell.startswith("not run: ")
     text = cell.strip("*").split(" [")[0].split(" (")[0].removesuffix(" =").removesuffix(" *")
     number = Number.read(text)
     return text == value if number is None else number.rounds(float(value))
@@ -226,6 +226,10 @@ def test_every_printed_heading_finds_the_number_below_it(path: Path) -> None:
     records = list(csv.DictReader(path.with_suffix(".csv").open()))
     found = 0
     for caption, heads, rows in printed(path):
+        if path.stem in ("table3", "table_s4") and (
+            caption == "What the paper reports" or not records[0]["status"] == "ok"
+        ):
+            continue  # the paper's rows, and those without a vote, go by their csv names
         labels = LABELS.get(path.stem, 1) + ("Precision" in heads[2:3]) + (caption == "What the paper reports")
         # The steps that the last checkpoint is between are not printed.
         whole = caption == "Last checkpoint minus the base model"
@@ -246,7 +250,7 @@ def test_every_printed_heading_finds_the_number_below_it(path: Path) -> None:
                 texts = row[place].split(" / ")
                 assert len(texts) == len(numbers) and all(map(agrees, texts, numbers)), asked
             found += 1
-    assert found
+    assert found or path.stem == "table_s4", "without a vote, no number is this study's"
 
 
 def test_a_heading_that_stands_for_several_numbers_names_them() -> None:
@@ -278,7 +282,8 @@ def test_a_heading_that_stands_for_several_numbers_names_them() -> None:
         ),
         ("win_rates:HPS:SFT:Diffusion-DPO", {"Scores of SFT", "Scores of Diffusion-DPO"}),
         ("over_optimisation:SFT:8 to 16:Verdict", {"Scores of SFT", "Scores of Base"}),
-        ("table_s5:Difference, paired:paper CLIP (SDXL / SD1.5)", {"The paper's own number"}),
+        ("table_s5:p_single - q_single:paper CLIP (SDXL / SD1.5)", {"The paper's own number"}),
+        ("table1:DDPO:paper PickScore", {"The paper's own number"}),
     ],
 )
 def test_every_table_leads_to_what_it_is_made_from(what: str, links: set[str]) -> None:
@@ -379,13 +384,15 @@ def test_a_number_as_printed_lists_its_places(number: str, addresses: list[str])
 
 
 def test_a_number_in_one_place_is_walked_from_there() -> None:
-    (found,) = json.loads(run("-0.0278334", "--json"))
-    assert found["address"] == "claim:pickscore_above_diffusion_dpo:inversion_dpo_paper" and found["links"]
+    row = next(row for row in VERDICTS if ident(row) == "pickscore_above_diffusion_dpo:inversion_dpo_paper")
+    (found,) = json.loads(run(str(row.value), "--json"))
+    assert found["address"] == f"claim:{ident(row)}" and found["links"]
 
 
 def test_every_number_of_the_verdicts_in_the_readme_is_found() -> None:
-    block = re.split("<!-- verdicts:(?:begin|end) -->", Path("README.md").read_text())[1]
-    values = re.findall(r"\*\* \(([^)\[]+?)(?: \[([^,]+), ([^\]]+)\])?\)", block)
+    block = re.split("<!-- verdicts of shapes: (?:begin|end) -->", Path("README.md").read_text())[1]
+    cell = r"\*\*(?:\\\*)? \(?([^)\[(]+?)(?: [\[(]([^,]+?)(?:, | to )([^\])]+)[\])])?\)?(?:<br>| \|)"
+    values = re.findall(cell, block)
     numbers = {text for value in values for text in value if Number.read(text)}
     assert len(numbers) > 100
     lost = [text for text in sorted(numbers) if not any(trace._places(placed("shapes"), Number.read(text)))]
@@ -425,8 +432,8 @@ def test_what_is_no_number(text: str) -> None:
         ("table1:sft:clipp", "Did you mean `clip`.*Columns: status, seeds, prompts, .*pickscore_minus_base"),
         ("table1:sft", "names no column.*Columns: status"),
         ("table1:sft:arm", "names the row.*Its other columns: status"),
-        ("win_rates:sft:clip:win_rate", "has 11 rows `sft:clip`. Name one: win_rates:base:sft:clip:win_rate"),
-        ("claim:dpo_abov_base", "Did you mean `dpo_above_base`.*Claims: pickscore_above_diffusion_dpo, "),
+        ("win_rates:sft:clip:win_rate", "has 13 rows `sft:clip`. Name one: win_rates:base:sft:clip:win_rate"),
+        ("claim:dpo_abov_base", "Did you mean `dpo_above_base`.*Claims: pickscore_above_base, "),
         ("claim:steady_rise", "several readings. Name one: claim:steady_rise:inversion_dpo_paper"),
         ("scores/sft/seed9.parquet", "no such file. `invdpo evaluate .* --arm sft`.*Did you mean `seed..parquet`"),
         ("runs/sftt/seed0/run.json", "has no arm `sftt`. Arms: base, sft"),

@@ -103,6 +103,8 @@ def _scored(evidence: Evidence, record: Record, column: str) -> Source:
     """A table of arms and scores."""
     arm = record.get("arm") or record["row"]
     arms = arm.split(" - ")
+    if not set(arms) <= set(evidence.study.arms):
+        return Source(f"nothing of this study's: {record.get('status') or 'no such arm'}")
     if column in SPENT:
         return Source(f"mean over training seeds of {SPENT[column]}", arms)
     scorer, rest = split(column)

@@ -43,6 +43,7 @@ from invdpo.evidence.load import (
     step_families,
 )
 from invdpo.evidence.printing import csv_cell
+from invdpo.evidence.provenance import FILE
 from invdpo.evidence.publish import figures_folder
 from invdpo.evidence.rebuild import REFERENCE
 from invdpo.evidence.tables import TABLES
@@ -360,6 +361,8 @@ def _paper(study: StudyConfig, column: str, stored: Record, table: str) -> list[
 
 def _is_of(study: StudyConfig, arm: str, row: Mapping[str, str]) -> bool:
     """Whether a published row is of that arm's recipe, or of its weights."""
+    if arm not in study.arms:  # a row that this study cannot fill goes by the paper's name for it
+        return row["method"] == arm
     entry = study.arms[arm]
     recipes = row["recipes"].split(";")
     return Path(entry.method).stem in recipes if entry.weights is None else row["method"] == entry.published
@@ -500,6 +503,8 @@ def _of_sets(evidence: Evidence, name: Path) -> tuple[str, Source] | None:
 
 
 def _table(evidence: Evidence, name: Path) -> tuple[str, Source] | None:
+    if name.name == FILE:
+        return _of_all("tables", evidence, name)
     study, table = evidence.study, name.stem
     command = _table_maker(study, table)
     if table in EVIDENCE:
@@ -520,6 +525,8 @@ def _table(evidence: Evidence, name: Path) -> tuple[str, Source] | None:
 
 
 def _figure(evidence: Evidence, name: Path) -> tuple[str, Source] | None:
+    if name.name == FILE:
+        return _of_all("figures", evidence, name)
     study, stem = evidence.study, name.stem
     measured = next((experiment for experiment, (_, drawn) in EVIDENCE.items() if stem in drawn), None)
     if measured is not None:

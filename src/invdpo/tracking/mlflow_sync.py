@@ -285,7 +285,8 @@ def question_of(study: StudyConfig, verdict: Verdict) -> str:
         return HELD_OUT
     if test["kind"] == "trend":
         return "inversion_steps"
-    if study.experiments.q_vs_p and set(test["arms"]) <= set(study.experiments.q_vs_p.arms):
+    here = set(test["arms"]) & set(study.arms)  # an arm that this study does not run leaves its claim with the other
+    if study.experiments.q_vs_p and here and here <= set(study.experiments.q_vs_p.arms):
         return "q_vs_p"
     controls = [(kind, arm) for arms in control_arms(study).values() for kind, arm in arms.items()]
     names = {arm for _, arm in controls}
