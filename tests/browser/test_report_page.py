@@ -367,7 +367,10 @@ COLOURS = """node => {
 def test_words_stand_out_from_what_is_behind_them(visit: Callable[..., Page], scheme: str) -> None:
     """WCAG AA: 4.5 to 1."""
     page = visit(color_scheme=scheme)
-    kinds = [f".{mark}.{kind}" for mark in ("badge", "count") for kind in ("supported", "not-supported", "not-run")]
+    kinds = [
+        f".{mark}.{kind}" for mark in ("badge", "count", "mark") for kind in ("supported", "not-supported", "not-run")
+    ]
+    kinds += [".overview .head th", ".overview a", ".sum .supported", ".sum .not-run", ".why", ".deviation summary"]
     kinds += [".badge.inconclusive", ".count.all", ".note", "nav a", ".paper", ".source", ".hint", "#plot text"]
     for selector in [*kinds, ".reading .name", "td", "thead button", ".switch input:checked + span", ".legend label"]:
         colours = [
