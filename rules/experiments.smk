@@ -128,14 +128,17 @@ if "preference_accuracy" in STUDIED:
 
 if "weight_distances" in STUDIED:
     COMPARED_ARMS = study.experiments.weight_distances.arms
+    HELD_AGAINST = study.experiments.weight_distances.against
 
     rule weight_distances:
         input:
             base=sorted({file for arm in COMPARED_ARMS for file in own_base(arm)}),
+            against=local(*HELD_AGAINST.values()),
             runs=runs_of("weight_distances", ["run.json", "checkpoints"]),
         output:
             tensors="<results>/experiments/weight_distances/tensors.parquet",
             summary="<results>/experiments/weight_distances/summary.csv",
+            against=["<results>/experiments/weight_distances/against.csv"] if HELD_AGAINST else [],
             provenance="<results>/experiments/weight_distances/provenance.json",
         log:
             "<logs>/experiments/weight_distances.log",

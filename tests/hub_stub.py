@@ -21,14 +21,16 @@ COMMIT = "a" * 40
 @dataclass
 class Hub:
     """repos: id -> path -> content. asked: (method, path, range header) of every request. refused: id -> (status, code
-    of the hub's error header). cut: path -> bytes after which the next download's connection breaks. truncated: paths
-    of which the next download, or with 2 the next two, deliver one half as if it were all.
+    of the hub's error header). gated: ids that are listed for everybody and whose files are not given, as the hub does
+    it. cut: path -> bytes after which the next download's connection breaks. truncated: paths of which the next
+    download, or with 2 the next two, deliver one half as if it were all.
     """
 
     repos: dict[str, dict[str, bytes]]
     url: str = ""
     asked: list[tuple[str, str, str | None]] = field(default_factory=list)
     refused: dict[str, tuple[int, str]] = field(default_factory=dict)
+    gated: set[str] = field(default_factory=set)
     cut: dict[str, int] = field(default_factory=dict)
     truncated: dict[str, int] = field(default_factory=dict)
 
@@ -40,6 +42,11 @@ class Hub:
     def ranges(self, path: str) -> list[str | None]:
         """The range headers of the downloads of a file, in order."""
         return [wanted for method, asked, wanted in self.asked if method == "GET" and asked.endswith(path)]
+
+    def whole(self) -> set[str]:
+        """Files that were sent from their beginning to their end."""
+        whole = [path for method, path, wanted in self.asked if method == "GET" and "/resolve/" in path and not wanted]
+        return {path.split("/resolve/")[1].split("/", 1)[1] for path in whole}
 
     def sent(self) -> set[str]:
         """Files of which any content was asked for."""
@@ -102,6 +109,8 @@ class _Handler(BaseHTTPRequestHandler):
         repo, kind, revision, rest = found.groups()
         if repo in self.served.refused:
             return self._refuse(*self.served.refused[repo])
+        if repo in self.served.gated and kind == "resolve":
+            return self._refuse(403, "GatedRepo")
         if repo not in self.served.repos:
             return self._refuse(404, "RepoNotFound")
         if revision not in (None, "main", COMMIT):

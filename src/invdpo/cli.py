@@ -338,16 +338,18 @@ def preference_accuracy(
     config = _start(study, threads, log_file)
     device = _device(config)
     from invdpo.config import PreferenceAccuracyConfig
+    from invdpo.device import memory_for
     from invdpo.evidence.experiments import accuracy_table
     from invdpo.evidence.printing import to_markdown
-    from invdpo.experiments.stage import measure_votes
+    from invdpo.experiments.stage import measure_votes, remedies
 
     own = config.experiments.preference_accuracy or PreferenceAccuracyConfig.model_validate({})
     given = {"votes": votes, "validation": validation, "scales": dict(map(_named_number, scale or []))}
     if votes is not None and validation is None:
         own = own.model_copy(update={"validation": None})  # the study's goes with the study's votes
     settings = own.model_copy(update={key: value for key, value in given.items() if value})
-    files, _ = measure_votes(config, settings, device)
+    with memory_for("scoring votes", remedies(config, "preference_accuracy")):
+        files, _ = measure_votes(config, settings, device)
     typer.echo(to_markdown(accuracy_table(files["accuracy.csv"], files["votes.csv"])))
 
 
@@ -652,31 +654,18 @@ def results(study: StudyOption) -> None:
 
 @app.command()
 def check(study: StudyOption) -> None:
-    """Check a study's files before anything long runs, and say what it holds."""
-    config = _start(study)
-    device = _device(config, gpus=0)  # only named: a check does not wait for a GPU
-    from invdpo.backbones.pipeline import load_schedule
-    from invdpo.preferences.shards import check_columns, list_shards
-    from invdpo.prompts import read_prompts
+    """Look for all that a study needs, before anything is spent, and say what it holds and everything that is wrong.
 
-    shards = list_shards(config.preferences, config.data.revision) if config.preferences else []
-    local = [shard.path for shard in shards if shard.path is not None]
-    size = sum(shard.size for shard in shards) / 1e9
-    pairs = f"{len(shards)} files ({size:.3g} GB)" if len(shards) > len(local) else f"{check_columns(local)} rows"
-    load_schedule(config.base)
-    prompts = len(read_prompts(config.prompts))
-    typer.echo(f"{config.study}: base {config.base}, {pairs} of preferences, {prompts} prompts, device {device}")
-    for name in config.arms:
-        arm = config.arm(name)
-        training = arm.training
-        settings = (
-            f"{arm.recipe.name}, labels {arm.labels}, {training.steps} steps of {training.batch} pairs, "
-            f"learning rate {arm.learning_rate:g}, beta {arm.recipe.beta:g}"
-            f"{' (not tuned yet)' if config.awaits_tuning(name) else ''}, {len(config.seeds)} seeds, hash {arm.hash}"
-            if arm.trains
-            else f"{arm.weights or 'the base model as it is'}, base {config.with_base_of(name).base}, not trained"
-        )
-        typer.echo(f"  {name}: {settings}")
+    Of weights on the hub only headers are fetched. Exit code 1 where something is wrong.
+    """
+    config = _start(study)
+    from invdpo.check import check as run
+
+    found = run(config)
+    typer.echo("\n".join(found.lines))
+    if found.problems:
+        count = f"{len(found.problems)} problem{'s' if len(found.problems) > 1 else ''}"
+        raise InvdpoError("\n  - ".join([f"{count} with study `{config.study}`:", *found.problems]))
 
 
 @app.command()

@@ -187,7 +187,7 @@ class ClipConfig(Strict):
 
 
 class AestheticConfig(Strict):
-    model: str = Field(description="path of the five-layer head")
+    model: str = Field(description="the five-layer head: path, or file of the hub as owner/name/path/in/it")
     tower: str = Field(description="open_clip model whose image embedding the head reads")
     pretrained: str | None = Field(None, description="open_clip tag of the tower's weights")
 
@@ -195,7 +195,9 @@ class AestheticConfig(Strict):
 class HpsConfig(Strict):
     model: str = Field(description="open_clip architecture, or hf-hub:ID, or local-dir:FOLDER")
     pretrained: str | None = None
-    checkpoint: str | None = Field(None, description="path of a checkpoint with a `state_dict`")
+    checkpoint: str | None = Field(
+        None, description="checkpoint with a `state_dict`: path, or file of the hub as owner/name/path/in/it"
+    )
     version: Literal["v2.0", "v2.1"] | None = Field(
         None, description="which of HPSv2's weights these are, for the rows: values of the two cannot be compared"
     )
@@ -419,12 +421,16 @@ class WeightDistancesConfig(Strict):
     bounds: dict[Name, WeightBound] = Field(
         {}, description="arm -> the most that its stated recipe could have moved it"
     )
+    against: dict[Name, str] = Field(
+        {}, description="arm -> a model that it is also held against, beside its base: as the arm's `weights`"
+    )
 
     @model_validator(mode="after")
-    def _bounds_are_of_arms(self) -> WeightDistancesConfig:
-        for arm in self.bounds:
-            if arm not in self.arms:
-                raise ValueError(f"`bounds` names `{arm}`, which is not in `arms`.{nearest(arm, self.arms)}")
+    def _are_of_arms(self) -> WeightDistancesConfig:
+        for key, entries in (("bounds", self.bounds), ("against", self.against)):
+            for arm in entries:
+                if arm not in self.arms:
+                    raise ValueError(f"`{key}` names `{arm}`, which is not in `arms`.{nearest(arm, self.arms)}")
         return self
 
 

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import torch
 from tqdm import tqdm
 
+from invdpo.device import memory_for
 from invdpo.errors import InvdpoError
 from invdpo.files import replace_when_done, write_json
 from invdpo.image_files import Picture, read_pictures
@@ -31,7 +32,7 @@ def measure(study: StudyConfig, device: torch.device) -> Path:
     csv.
 
     Every set is the last checkpoint's picture of each of the study's prompts. Raises InvdpoError for a study without
-    `experiments.distribution`, missing pictures, and as `Reference` does.
+    `experiments.distribution`, missing pictures, a GPU that is out of memory, and as `Reference` does.
     """
     settings = study.experiments.distribution
     if settings is None:
@@ -39,19 +40,24 @@ def measure(study: StudyConfig, device: torch.device) -> Path:
     started = time.time()
     prompts = len(read_prompts(study.prompts, study.sampling.prompts))
     sets = generated_sets(study, settings.arms, prompts)
-    network = extractor(settings, device)
-    reference = Reference(
-        PictureSet(reference_set(settings.reference), "experiments.distribution.reference", settings.reference.side),
-        network,
-        device,
-        study.root / "reference_statistics",
-        settings.batch,
-        settings.kid_subset_size,
-    )
-    rows = []
-    for (arm, seed), pictures in tqdm(sets.items(), unit="set", desc="distribution"):
-        found = reference.compare(PictureSet(pictures, f"{arm}, seed {seed}"))
-        rows.append({"method": arm, "seed": seed, **asdict(found)})
+    batch = settings.batch
+    lower = f"`experiments.distribution.batch: {batch // 2}` (now {batch})" if batch > 1 else "a larger GPU"
+    with memory_for("distribution", [lower]):
+        network = extractor(settings, device)
+        reference = Reference(
+            PictureSet(
+                reference_set(settings.reference), "experiments.distribution.reference", settings.reference.side
+            ),
+            network,
+            device,
+            study.root / "reference_statistics",
+            settings.batch,
+            settings.kid_subset_size,
+        )
+        rows = []
+        for (arm, seed), pictures in tqdm(sets.items(), unit="set", desc="distribution"):
+            found = reference.compare(PictureSet(pictures, f"{arm}, seed {seed}"))
+            rows.append({"method": arm, "seed": seed, **asdict(found)})
     path = study.root / "distribution.csv"
     with replace_when_done(path) as temporary:
         # An eigenvalue solver's last digits differ between machines; six are more than a FID is worth.

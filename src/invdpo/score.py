@@ -21,6 +21,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from invdpo.device import memory_for
 from invdpo.errors import InvdpoError
 from invdpo.files import replace_when_done
 from invdpo.image_files import ENDINGS, open_image, open_picture, why
@@ -70,16 +71,19 @@ def score(
 
     A folder's rows have step 0; `prompt_id` numbers the different prompts as they come, `seed` the images of a prompt.
     A score that does not exist for a prompt has no row. Raises InvdpoError that lists every image that cannot be read
-    or has no prompt, and every prompt without its image: no mean may be taken over what happens to be there.
+    or has no prompt, and every prompt without its image: no mean may be taken over what happens to be there. And where
+    a GPU is out of memory.
     """
     if out.suffix.lower() not in WRITERS:
         raise InvdpoError(f"--out {out} must end in {', '.join(WRITERS)}")
     started = time.time()
     items = _folder(images, prompts, method) if images.is_dir() else _stored(images, prompts)
     _check_headers(items)
-    built = build_scorers(scorers, device)
-    _tell_cuts(built, [item.head["prompt"] for item in items])
-    rows = score_items(items, built, batch, workers)
+    lower = [f"`--batch {batch // 2}` (now {batch})"] if batch > 1 else []
+    with memory_for("scoring images", [*lower, "fewer scorers at a time, whose networks stay on the GPU"]):
+        built = build_scorers(scorers, device)
+        _tell_cuts(built, [item.head["prompt"] for item in items])
+        rows = score_items(items, built, batch, workers)
     provenance = stamp(None, device=device, started=started)
     provenance["scorer_versions"] = [scorer.version for scorer in built]
     WRITERS[out.suffix.lower()](out, rows, ROWS, provenance)

@@ -94,10 +94,13 @@ def test_an_arm_without_its_tuned_values_is_neither_trained_nor_audited(
         said = capsys.readouterr().err
         assert said.startswith("error: Arm `dpo` of study `tiny` has no learning rate and beta yet")
         assert "Run `make tune STUDY=tiny` first" in said
-    assert invoke(monkeypatch, "check", "--study", written(study)) == 0
-    assert "beta 5000 (not tuned yet), 2 seeds" in capsys.readouterr().out
-    chosen = study.model_copy(update={"tuned": {"diffusion_dpo": TunedValues(beta=7.0)}})
-    assert invoke(monkeypatch, "check", "--study", written(chosen)) == 0
+    assert invoke(monkeypatch, "check", "--study", written(study)) == 1
+    said = capsys.readouterr()
+    assert "beta 5000 (not tuned yet), 2 seeds" in said.out
+    assert said.err.startswith("error: 2 problems with study `tiny`:") and "there is no file tuning.txt" in said.err
+    assert "scorers.pickscore.model: there is no folder pickscore" in said.err
+    chosen = study.model_copy(update={"tuned": {"diffusion_dpo": TunedValues(beta=7.0)}, "tuning": None})
+    assert invoke(monkeypatch, "check", "--study", written(chosen)) == 1
     assert "beta 7, 2 seeds" in capsys.readouterr().out
 
 

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import yaml
 
-from invdpo.config import dump_study, json_schema, load_study, parse_study
+from invdpo.config import dump_study, json_schema, load_scorers, load_study, parse_study
 from invdpo.errors import InvdpoError
+from invdpo.hub import split_id
 
 
 def minimal(**changes: Any) -> dict[str, Any]:
@@ -279,3 +280,25 @@ def test_committed_studies_are_valid(path: Path) -> None:
         pytest.skip("not a study")
     study = load_study(path)
     assert all(len(study.arm(name).hash) == 16 for name in study.arms)
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+def test_the_published_batch_is_a_study_of_its_own(name: str) -> None:
+    """The main study draws pairs of ten files of Pick-a-Pic v2; what both do not differ in on purpose, they share."""
+    main, published = (load_study(f"config/{study}.yaml") for study in (name, f"{name}_published"))
+    assert sum(main.draws.values()) == 12_000 and sum(published.draws.values()) > 12_000_000
+    apart = {"study", "training", "arms", "experiments", "claims"}
+    assert main.model_dump(exclude=apart) == published.model_dump(exclude=apart)
+    differing = {
+        key for key, value in main.training.model_dump().items() if value != published.training.model_dump()[key]
+    }
+    assert differing == {"batch", "processes", "warmup_steps", "learning_rate", "beta", "caption_dropout"}
+    assert main.data.flip == "independent" and main.data.storage == "float16" and main.data.workers == 8
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "sdxl_released", "scorers/paper"])
+def test_paper_scale_needs_no_file_that_is_fetched_by_hand(name: str) -> None:
+    scorers = load_scorers(Path(f"config/{name}.yaml"))
+    assert scorers.aesthetic is not None and scorers.hps is not None
+    for place in (scorers.aesthetic.model, scorers.hps.checkpoint):
+        assert place is not None and split_id(place) is not None and not place.startswith("weights/")

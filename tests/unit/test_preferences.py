@@ -165,10 +165,10 @@ def test_base_that_is_not_there_is_named(
     tmp_path: Path, tiny_study: MakeStudy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(InvdpoError, match="`base: nowhere/base`: there is no such folder here, the hub cannot be rea"):
+    with pytest.raises(InvdpoError, match="`base: nowhere/base`: there is no nowhere/base here, and the hub cannot be"):
         prepare(tiny_study(base="nowhere/base"), CPU)
     (tmp_path / "half").mkdir()
-    with pytest.raises(InvdpoError, match="the folder has no `model_index.json`"):
+    with pytest.raises(InvdpoError, match="it has no `model_index.json`"):
         prepare(tiny_study(base=str(tmp_path / "half")), CPU)
 
 

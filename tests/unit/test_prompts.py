@@ -131,7 +131,7 @@ def test_a_set_that_the_hub_does_not_give(sets: Hub) -> None:
     with pytest.raises(InvdpoError, match="nateraw/parti-prompts of the hub has no file PartiPrompts.tsv"):
         read_prompts("partiprompts")
     sets.refused[PICKAPIC] = (403, "GatedRepo")
-    with pytest.raises(InvdpoError, match="gated: accept its terms there and log in .*local copy of it"):
+    with pytest.raises(InvdpoError, match="gated. Accept its terms on its page there. Log in .*local copy of it"):
         read_prompts("pickapic_v2_test_unique")
     sets.repos[HPD]["benchmark/photo.json"] = b'["one", "two"]'
     for name, count in (("hpdv2_photo", 2), ("hpdv2", 2402)):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from invdpo import evaluate as evaluation
 from invdpo.backbones.pipeline import load_unet
-from invdpo.backbones.released import Stored, check_same_network, find_weights, put_into
+from invdpo.backbones.released import Stored, check_same_network, find_weights, made_from, put_into
 from invdpo.config import StudyConfig, parse_study
 from invdpo.errors import InvdpoError
 from invdpo.evaluate import evaluate
@@ -150,22 +150,64 @@ def test_weights_from_the_hub(hub: Hub, tiny_base: Path, tmp_path: Path, monkeyp
     for source in sources:
         assert find_weights(source).shapes == find_weights(tiny_base).shapes
     assert not any("vae" in path or "text_encoder" in path for path in hub.sent()), "the UNet alone is fetched"
-    hub.repos["owner/pickle"] = {"unet/diffusion_pytorch_model.bin": b"\x80", "unet/config.json": b"{}"}
     for source, message in (
-        ("owner/none", "`weights: owner/none`: the hub has no model owner/none"),
-        ("owner/pickle", r"holds its weights as a pickle \(unet/diffusion_pytorch_model.bin\)"),
+        ("owner/none", "`weights: owner/none`: there is no owner/none here, and the hub has no model owner/none"),
         ("owner/root/unet", "holds no unet/diffusion_pytorch_model.safetensors and no unet/pytorch_lora"),
-        ("owner/root/x.safetensors", "owner/root has no file x.safetensors"),
+        ("owner/root/x.safetensors", "the model owner/root of the hub has no file x.safetensors"),
     ):
         with pytest.raises(InvdpoError, match=message):
             find_weights(source)
     hub.refused["owner/root"] = (403, "GatedRepo")
-    with pytest.raises(InvdpoError, match="gated: accept its terms"):
+    with pytest.raises(InvdpoError, match="of the hub is gated. Accept its terms"):
         find_weights("owner/root/again.safetensors")
     point_to("http://127.0.0.1:9", monkeypatch)
     assert find_weights("owner/root").shapes == find_weights(tiny_base).shapes, "from the cache, what is not there too"
-    with pytest.raises(InvdpoError, match="cannot be reached.*name the folder of a local copy"):
+    with pytest.raises(InvdpoError, match="cannot be reached.*put the folder of a local copy"):
         find_weights("owner/another")
+
+
+def test_a_release_in_a_pickle_is_refused_by_its_listing_alone(hub: Hub) -> None:
+    content = {"unet/diffusion_pytorch_model.bin": b"\x80" * 1000, "unet/config.json": b"{}"}
+    hub.repos["owner/pickle"] = content
+    hub.repos["owner/lora"] = {"pytorch_lora_weights.bin": b"\x80", "README.md": b""}
+    for source, name in (
+        ("owner/pickle", "unet/diffusion_pytorch_model.bin"),
+        ("owner/lora", "pytorch_lora_weights.bin"),
+    ):
+        with pytest.raises(InvdpoError, match=rf"`weights: {source}` holds its weights as a pickle only \({name}\)"):
+            find_weights(source)
+    assert [path for _, path, _ in hub.asked] == [f"/api/models/{source}" for source in ("owner/pickle", "owner/lora")]
+
+
+def test_the_variant_that_there_is(hub: Hub, tiny_base: Path, tmp_path: Path) -> None:
+    """Plain files before fp16's, these before another's, and no guess among several others."""
+    found = {}
+    for variant, step in (("ema", 3), ("bf16", 2), ("fp16", 1), (None, 0)):
+        name = f"diffusion_pytorch_model.{variant}.safetensors" if variant else FILE
+        weights = {key: value + step for key, value in own_weights(tiny_base).items()}
+        hub.add_folder("owner/release", save_unet(tmp_path / "release" / "unet", tiny_base, weights, name).parent)
+        if variant == "bf16":
+            with pytest.raises(InvdpoError, match="holds weights in the variants bf16, ema. Name one of the files"):
+                find_weights("owner/release")
+            found["named"] = next(iter(find_weights(f"owner/release/unet/{name}").places.values())).name
+        else:
+            (found[variant],) = {path.name for path in find_weights("owner/release").places.values()}
+    names = {variant: f"diffusion_pytorch_model.{variant}.safetensors" for variant in ("ema", "fp16")}
+    assert found == names | {"named": "diffusion_pytorch_model.bf16.safetensors", None: FILE}
+    asked = find_weights("owner/release", variant="fp16")
+    assert {path.name for path in asked.places.values()} == {names["fp16"]}
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn, torch.bool])
+def test_weights_of_a_quantised_network_are_refused(dtype: torch.dtype, tiny_base: Path, tmp_path: Path) -> None:
+    weights = own_weights(tiny_base)
+    name = "mid_block.attentions.0.proj_in.weight"
+    folder = save_unet(tmp_path / "release", tiny_base, weights | {name: weights[name].to(dtype)})
+    with pytest.raises(InvdpoError, match=rf"`weights: .*release`: {FILE} stores {name} as \w+. Weights must be F16, "):
+        find_weights(folder)
+    save_unet(folder, tiny_base, {key: value.double() for key, value in weights.items()})
+    found = put_into(load_unet(tiny_base, CPU), find_weights(folder)).state_dict()
+    assert all(torch.equal(found[key], value) for key, value in weights.items())
 
 
 def test_what_is_no_release(tiny_base: Path, tiny_sdxl: Path, tmp_path: Path) -> None:
@@ -177,8 +219,6 @@ def test_what_is_no_release(tiny_base: Path, tiny_sdxl: Path, tmp_path: Path) ->
     (pickled / "diffusion_pytorch_model.bin").write_bytes(b"\x80\x04")
     cut = save_unet(tmp_path / "cut", tiny_base, names)
     (cut / FILE).write_bytes((cut / FILE).read_bytes()[:-100])
-    index = save_parts(tmp_path / "index", tiny_base, names)
-    (index / f"{FILE}.index.json").write_text('{"weight_map": {"a": "../../model.bin"}}')
     lost = save_parts(tmp_path / "lost", tiny_base, names)
     (lost / "diffusion_pytorch_model-00002-of-00002.safetensors").unlink()
     for source, message in (
@@ -187,8 +227,7 @@ def test_what_is_no_release(tiny_base: Path, tiny_sdxl: Path, tmp_path: Path) ->
         (tmp_path / "pickled", "holds its weights as a pickle"),
         (tmp_path / "absent", "there is no such folder or file"),
         (cut, "truncated, or no safetensors file"),
-        (index, "names ../../model.bin, which is no safetensors file there"),
-        (lost, "has no file diffusion_pytorch_model-00002"),
+        (lost, "holds 1 of 2 parts of its weights"),
     ):
         with pytest.raises(InvdpoError, match=message):
             find_weights(source)
@@ -376,6 +415,39 @@ def test_distances_of_released_weights(study: StudyConfig) -> None:
     text = (study.root / "tables" / "weight_distances.md").read_text()
     assert "0.001 *" in text and "Bound of Diffusion-DPO: 0.001, a test." in text and "Both rounded:" in text
     assert (study.root / "figures" / "weight_distances.png").stat().st_size > 0
+
+
+def test_weights_are_held_against_another_model_and_say_where_they_come_from(
+    study: StudyConfig, tmp_path: Path, tiny_sdxl: Path
+) -> None:
+    """A release that is its stated origin, moved a little, and lies farther from the base that it is compared with."""
+    origin = {name: value + 1.0 for name, value in own_weights(tiny_sdxl).items()}
+    save_unet(tmp_path / "origin" / "unet", tiny_sdxl, origin)
+    folder = save_unet(tmp_path / "later" / "unet", tiny_sdxl, {name: value + STEP for name, value in origin.items()})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"_name_or_path": "somebody/origin"}))
+    assert made_from("later") == "somebody/origin" and made_from("origin") == config.get("_name_or_path")
+    content = study.model_dump()
+    content["arms"]["itercomp"]["weights"] = "later"
+    arms = {"arms": ["diffusion_dpo", "itercomp"], "against": {"itercomp": "origin"}, "bounds": {}}
+    content["experiments"]["weight_distances"] = arms
+    found = parse_study(content, "test")
+    results = run(found, "weight_distances", CPU)
+    total = pd.read_csv(results / "summary.csv").query("grouping == 'total'").set_index("arm")
+    assert total.loc["itercomp", "rms"] == pytest.approx(1 + STEP, rel=1e-4), "from its base as before"
+    (row,) = pd.read_csv(results / "against.csv").query("grouping == 'total'").to_dict("records")
+    assert (row["arm"], row["against"]) == ("itercomp", "origin") and row["rms"] == pytest.approx(STEP, rel=1e-2)
+    (row,) = pd.read_csv(results / "made_from.csv").query("arm == 'itercomp'").to_dict("records")
+    assert (row["weights"], row["made_from"]) == ("later", "somebody/origin")
+
+    experiments_evidence.write(found)
+    text = (found.root / "tables" / "weight_distances.md").read_text()
+    assert "IterComp was published as loaded from somebody/origin, by its config.json." in text
+    (line,) = [line for line in text.splitlines() if "| origin |" in line]
+    assert line.startswith("| IterComp | origin | float32 (base float32) | 0.002 |")
+    arms["against"] = {"spoo": "origin"}
+    with pytest.raises(InvdpoError, match="`against` names `spoo`, which is not in `arms`"):
+        parse_study(content, "test")
 
 
 def test_weights_of_another_network_name_the_arm_s_setting(study: StudyConfig) -> None:

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hub_stub import Hub
 from PIL import Image
 from torch.nn.functional import normalize
 
 from invdpo.config import ScorersConfig
 from invdpo.errors import InvdpoError
-from invdpo.scorers import build_scorers
+from invdpo.scorers import build_scorers, looks
 from invdpo.scorers.aesthetic import LAYERS, AestheticHead, AestheticScore
 from invdpo.scorers.clip import ClipScore
 from invdpo.scorers.hps import HumanPreferenceScore
@@ -23,6 +24,7 @@ from invdpo.scorers.openclip import OpenClip
 from invdpo.scorers.oracle import OracleScore
 from invdpo.scorers.pickscore import PickScore
 from invdpo.scorers.pictures import Pictures, prepare
+from invdpo.scorers.weights import loading
 
 CPU = torch.device("cpu")
 WORDS = ["a", "red", "blue", "circle", "square", "left", "of"]
@@ -239,6 +241,123 @@ def test_aesthetic_is_affine_in_the_unit_embedding(open_clip_folder: Path, head_
     unit = scorer.tower.embed_images(pictures())
     torch.testing.assert_close(unit.norm(dim=-1), torch.ones(3))
     np.testing.assert_allclose(scorer.score(pictures(), PROMPTS)["aesthetic"], scorer.head(unit).numpy(), atol=1e-5)
+
+
+@pytest.fixture
+def scorer_hub(hub: Hub, open_clip_folder: Path, pick_folder: Path, tmp_path: Path) -> Hub:
+    """A hub with a model of each kind, and a head and a checkpoint as files of one repository."""
+    import open_clip
+
+    hub.add_folder("owner/clip", open_clip_folder)
+    config = hub.repos["owner/clip"]["open_clip_config.json"]
+    hub.repos["owner/clip"]["open_clip_config.json"] = config.replace(
+        b'"self"', b'"owner/clip"'
+    )  # its tokenizer's place
+    hub.add_folder("owner/pick", pick_folder)
+    state = open_clip.create_model(f"local-dir:{open_clip_folder}").state_dict()
+    torch.save({"state_dict": {name: value + 1 for name, value in state.items()}}, tmp_path / "hps.pt")
+    torch.save(head_weights(), tmp_path / "head.pth")
+    files = {"folder/head.pth": tmp_path / "head.pth", "hps.pt": tmp_path / "hps.pt"}
+    hub.repos["owner/files"] = {name: path.read_bytes() for name, path in files.items()}
+    return hub
+
+
+def hub_scorers(open_clip_folder: Path) -> ScorersConfig:
+    return ScorersConfig.model_validate(
+        {
+            "pickscore": {"model": "owner/pick"},
+            "clip": {"model": "hf-hub:owner/clip"},
+            "aesthetic": {"model": "owner/files/folder/head.pth", "tower": f"local-dir:{open_clip_folder}"},
+            "hps": {"model": f"local-dir:{open_clip_folder}", "checkpoint": "owner/files/hps.pt"},
+        }
+    )
+
+
+def test_scorers_of_the_hub_are_those_of_local_copies(
+    scorer_hub: Hub, open_clip_folder: Path, pick_folder: Path, tmp_path: Path
+) -> None:
+    there = build_scorers(hub_scorers(open_clip_folder), CPU)
+    name = f"local-dir:{open_clip_folder}"
+    here = [
+        PickScore(str(pick_folder), CPU),
+        ClipScore(OpenClip(name, CPU)),
+        AestheticScore(tmp_path / "head.pth", OpenClip(name, CPU)),
+        HumanPreferenceScore(OpenClip(name, CPU, checkpoint=tmp_path / "hps.pt")),
+    ]
+    assert [scorer.version for scorer in there] == [scorer.version for scorer in here]
+    for one, other in zip(there, here, strict=True):
+        for name, values in one.score(pictures(), PROMPTS).items():
+            np.testing.assert_array_equal(values, other.score(pictures(), PROMPTS)[name])
+
+
+def test_looking_for_scorers_fetches_nothing_and_names_what_is_not_there(
+    scorer_hub: Hub, open_clip_folder: Path
+) -> None:
+    config = hub_scorers(open_clip_folder)
+    found = {(file.repo, file.name): file for look in looks(config) for file in look()}
+    assert {name for _, name in found} >= {
+        "folder/head.pth",
+        "hps.pt",
+        "model.safetensors",
+        "open_clip_model.safetensors",
+    }
+    assert found["owner/files", "hps.pt"].size == len(scorer_hub.repos["owner/files"]["hps.pt"])
+    assert all(file.path is None for file in found.values()) and not scorer_hub.sent()
+
+    scorer_hub.repos["owner/files"].clear()
+    scorer_hub.repos["owner/pick"] = {"config.json": b"{}", "pytorch_model.bin": b"\x80"}
+    scorer_hub.gated.add("owner/clip")
+    words = []
+    for look in looks(config):
+        try:
+            look()
+        except InvdpoError as error:
+            words.append(str(error))
+    expected = (
+        "`scorers.pickscore.model: owner/pick`: the hub's repository has no weights in safetensors",
+        "scorers.clip.model: the model owner/clip of the hub is gated",
+        "`scorers.aesthetic.model: owner/files/folder/head.pth`: the model owner/files of the hub has no file",
+        "`scorers.hps.checkpoint: owner/files/hps.pt`: the model owner/files of the hub has no file hps.pt",
+    )
+    assert len(words) == len(expected) and all(map(str.startswith, words, expected)), words
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"clip": {"model": "ViT-H-41", "pretrained": "x"}}, "open_clip has no architecture ViT-H-41. Did you mean"),
+        ({"clip": {"model": "ViT-H-14"}}, "an architecture without weights"),
+        ({"clip": {"model": "ViT-H-14", "pretrained": "no.pt"}}, "scorers.clip.model: there is no file no.pt"),
+        ({"clip": {"model": "local-dir:no/folder"}}, "scorers.clip.model: there is no folder no/folder"),
+        ({"aesthetic": {"model": "no.pth", "tower": "ViT-L-14"}}, "there is no file no.pth.*as owner/name/path/in/it"),
+        ({"imagereward": {"checkpoint": "no.pt"}}, "scorers.imagereward.checkpoint: there is no file no.pt"),
+        ({"pickscore": {"model": "no/such/folder"}}, "scorers.pickscore.model: there is no folder no/such/folder"),
+    ],
+)
+def test_scorers_that_cannot_be_are_found_without_loading_them(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvdpoError, match=message):
+        for look in looks(ScorersConfig.model_validate(config)):
+            look()
+
+
+def test_a_head_of_the_hub_runs_no_code(hub: Hub, tmp_path: Path) -> None:
+    class Unsafe:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Path.touch, (tmp_path / "ran",)
+
+    torch.save({"layers.0.weight": Unsafe()}, tmp_path / "head.pth")
+    hub.repos["owner/files"] = {"head.pth": (tmp_path / "head.pth").read_bytes()}
+    with pytest.raises(InvdpoError, match="scorers.aesthetic.model: cannot load owner/files/head.pth"):
+        AestheticHead("owner/files/head.pth", CPU)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_gpu_that_is_out_of_memory_is_no_broken_file() -> None:
+    def load() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        loading("scorers.clip.model", "owner/clip", load)
 
 
 def test_laion_head_if_there() -> None:

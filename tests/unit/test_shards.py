@@ -116,11 +116,11 @@ def test_a_shard_that_was_harmed_in_the_cache_is_fetched_again(
 @pytest.mark.parametrize(
     ("status", "code", "words"),
     [
-        (404, "RepoNotFound", "is not on the hub, or is private and you are not logged in"),
-        (401, "RepoNotFound", "is not on the hub, or is private and you are not logged in"),
-        (403, "GatedRepo", "is gated: accept its conditions on its page and log in"),
-        (403, "", "cannot be read: the hub answered 403. Log in"),
-        (500, "", "cannot be read: the hub answered 500. Try again later"),
+        (404, "RepoNotFound", f"there is no {REPO} here, and the hub has no dataset {REPO}, or hides it"),
+        (401, "RepoNotFound", f"there is no {REPO} here, and the hub has no dataset {REPO}, or hides it"),
+        (403, "GatedRepo", f"the dataset {REPO} of the hub is gated. Accept its terms on its page there. Log in"),
+        (403, "", f"the dataset {REPO} of the hub cannot be read: the hub answered 403. Log in"),
+        (500, "", f"the dataset {REPO} of the hub cannot be read: the hub answered 500. Try again later"),
     ],
 )
 def test_a_hub_that_refuses_says_why_and_what_else_to_do(pairs: Hub, status: int, code: str, words: str) -> None:
@@ -128,26 +128,27 @@ def test_a_hub_that_refuses_says_why_and_what_else_to_do(pairs: Hub, status: int
     with pytest.raises(InvdpoError) as caught:
         list_shards(REPO)
     text = str(caught.value)
-    assert text.startswith(f"The hub data set `{REPO}` {words}")
+    assert text.startswith(f"`preferences: {REPO}`: {words}")
     assert text.endswith(
-        "Or point `preferences:` to a local folder of its parquet files, or to an id with the same columns."
+        ", or point the setting to a local folder of its parquet files, or to an id with the same columns."
     )
 
 
 def test_access_that_is_lost_between_planning_and_fetching_is_told(pairs: Hub) -> None:
     shard = list_shards(REPO)[0]
     pairs.refused[REPO] = (403, "GatedRepo")
-    with pytest.raises(InvdpoError, match=f"`{REPO}` is gated"):
-        fetch(shard)
-    with pytest.raises(InvdpoError, match=f"`{REPO}` is gated"):
-        decided(shard)
+    for read in (fetch, decided):
+        with pytest.raises(InvdpoError, match=f"{TRAIN[0]}: the dataset {REPO} of the hub is gated"):
+            read(shard)
 
 
 def test_a_hub_that_is_not_there_is_told_from_a_wrong_path(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{free.getsockname()[1]}")
-    with pytest.raises(InvdpoError, match=f"`{REPO}` cannot be reached .*no file or folder here. Try again later. Or "):
+    with pytest.raises(
+        InvdpoError, match=f"there is no {REPO} here, and the hub cannot be reached .*Try again later, or "
+    ):
         list_shards(REPO)
     for wrong in ("pairs/train/part.parquet", "/absent/pairs", "pairs"):
         with pytest.raises(InvdpoError, match="is no file or folder here, nor a hub data set's id"):
@@ -156,7 +157,7 @@ def test_a_hub_that_is_not_there_is_told_from_a_wrong_path(hub: Hub, monkeypatch
 
 def test_a_revision_that_is_not_there_is_named(pairs: Hub) -> None:
     assert list_shards(REPO, COMMIT) == list_shards(REPO)
-    with pytest.raises(InvdpoError, match=r"has no revision `v9`. Correct `data.revision`"):
+    with pytest.raises(InvdpoError, match=r"of the hub has no revision `v9`. Correct `data.revision`"):
         list_shards(REPO, "v9")
 
 

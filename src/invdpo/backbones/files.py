@@ -8,32 +8,98 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
-from pathlib import Path
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
+from invdpo import hub
 from invdpo.errors import InvdpoError
+from invdpo.hub import Header, Remote
 from invdpo.provenance import sha256_file
 
 Loaded = TypeVar("Loaded")
 
+UNET = "diffusion_pytorch_model"  # what diffusers calls the file of a UNet or codec
+TEXT = "model"  # and transformers that of a text encoder
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+FLOATS = ("F16", "BF16", "F32", "F64")  # what weights may be stored as
 NAMED = 4  # keys that a message about a checkpoint names
+LOCAL_COPY = "put the folder of a local copy in place of the id"
+
+
+def said(label: str, source: str | Path) -> str:
+    """A setting and its value, as messages begin."""
+    return f"`{label}: {source}`"
 
 
 def read_json(source: str | Path, name: str, label: str = "base") -> dict[str, Any]:
     """A JSON file of a pipeline folder or hub id, by its path inside it; InvdpoError where it cannot be read. label:
     the study's key that names the source."""
+    path = fetch(source, name, label)
+    if not path.is_file():
+        raise _missing(source, name, label)
+    return attempt(source, name, lambda: json.loads(path.read_text(encoding="utf-8")), label)
 
-    def read() -> dict[str, Any]:
-        path = Path(source) / name
-        if not Path(source).is_dir():
-            from huggingface_hub import hf_hub_download
 
-            path = Path(hf_hub_download(str(source), name))
-        return json.loads(path.read_text(encoding="utf-8"))
+def _missing(source: str | Path, part: str, label: str) -> InvdpoError:
+    return InvdpoError(
+        f"{said(label, source)}: it has no `{part}`. A pipeline holds model_index.json, unet, vae, scheduler and one "
+        "or two text encoders with tokenizers, as `save_pretrained` writes them. Name such a folder or hub id."
+    )
 
-    return attempt(source, name, read, label)
+
+def fetch(source: str | Path, name: str, label: str = "base") -> Path:
+    """A file of a folder or hub id, by its path inside it, fetched where need be."""
+    return Path(source) / name if Path(source).is_dir() else hub.fetch_file(*_asked(source, name, label))
+
+
+def look(source: str | Path, name: str, label: str = "base") -> tuple[Header, Remote | None]:
+    """The header of a safetensors file of a folder or hub id, and what the hub says of it; None: it lies here.
+
+    Of a file that is neither here nor in the hub's cache nothing else is fetched. Raises InvdpoError as `read_header`.
+    """
+    what = f"{said(label, source)}: {name}"
+    if Path(source).is_dir():
+        return read_header(Path(source) / name, what), None
+    remote = hub.look(*_asked(source, name, label))
+    if remote.path is not None:
+        return read_header(remote.path, what), remote
+    header = hub.fetch_header(remote, said(label, source), LOCAL_COPY)
+    _check_types(header, what)
+    return header, remote
+
+
+def _asked(source: str | Path, name: str, label: str) -> tuple[str, str, str, str]:
+    return str(source), name, said(label, source), LOCAL_COPY
+
+
+def read_header(path: Path, what: str) -> Header:
+    """The header of a safetensors file here. what: the file, for messages. Raises InvdpoError where it is truncated or
+    no safetensors file, and where a tensor is of a type that is no weight's: libraries would copy the integers of a
+    quantised network as if they were its weights.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}
+            header = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise InvdpoError(f"{what} is truncated, or no safetensors file ({error}). Fetch it again.") from error
+    _check_types(header, what)
+    return header
+
+
+def _check_types(header: Header, what: str) -> None:
+    # CLIP's text encoders were saved with the numbers of their positions.
+    odd = [name for name, (kind, _) in header.items() if kind not in FLOATS and not name.endswith("position_ids")]
+    if odd:
+        more = f", and {len(odd) - 1} more" if len(odd) > 1 else ""
+        raise InvdpoError(
+            f"{what} stores {odd[0]} as {header[odd[0]][0]}{more}. Weights must be {', '.join(FLOATS)}: use a release "
+            "that is not quantised."
+        )
 
 
 def text_parts(base: str | Path) -> tuple[tuple[str, str], ...]:
@@ -96,31 +162,94 @@ def fingerprint(base: str | Path, vae: str | None = None, variant: str | None = 
     vae: a codec in place of the pipeline's own; variant: as for `load_unet`.
     """
     text = [part for pair in text_parts(base) for part in reversed(pair)]
-    parts = _listed(base, text if vae is not None else ["vae", *text], variant)
+    parts = _listed(base, text if vae is not None else ["vae", *text], variant, "base")
     if vae is not None:
-        parts += _listed(vae, [""], None)
+        parts += _listed(vae, [""], None, "vae")
     digest = hashlib.sha256()
     for name, path in parts:
         digest.update(f"{name}:{sha256_file(path)}\n".encode())
     return digest.hexdigest()
 
 
-def _listed(source: str | Path, parts: list[str], variant: str | None) -> list[tuple[str, Path]]:
+def _listed(source: str | Path, parts: list[str], variant: str | None, label: str) -> list[tuple[str, Path]]:
     """Name in the pipeline and place of the files behind its parts that are read; "" is the source itself."""
-    suffix = "" if variant is None else f".{variant}"
-    weights = [f"{name}{suffix}.safetensors" for name in ("model", "diffusion_pytorch_model")]
-    patterns = ["*.json", "*.txt", *weights]
-    folder = Path(source)
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
-        wanted = [f"{part}/{pattern}".lstrip("/") for part in parts for pattern in patterns]
-        folder = Path(attempt(source, "files", lambda: snapshot_download(str(source), allow_patterns=wanted)))
     found = []
     for part in parts:
-        files = {path for pattern in patterns for path in (folder / part).glob(pattern)}
-        found += [(str(path.relative_to(folder)), path) for path in sorted(files)]
+        names = file_names(source, part, label)
+        weights = [name for stem in (UNET, TEXT) for name in weights_among(names, stem).get(variant, [])]
+        chosen = {*weights, *(name for name in names if name.endswith((".json", ".txt")))}
+        found += [(name, fetch(source, name, label)) for name in sorted(chosen)]
     return found
+
+
+def file_names(source: str | Path, part: str, label: str = "base") -> list[str]:
+    """The files of one folder of a pipeline folder or hub id, as paths inside it, sorted; part "": beside its folders.
+
+    Raises InvdpoError where there is no such folder, and where the hub does not list them.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        there = (folder / part).iterdir() if (folder / part).is_dir() else ()
+        names = [path.relative_to(folder).as_posix() for path in there if path.is_file()]
+    else:
+        names = inside(hub.list_files(str(source), said(label, source), LOCAL_COPY), part)
+    if not names:
+        raise _missing(source, part or "config.json", label)
+    return sorted(names)
+
+
+def inside(names: Iterable[str], folder: str) -> list[str]:
+    """Those of some paths that lie in a folder, and not deeper."""
+    return [name for name in names if str(PurePosixPath(name).parent) == (folder or ".")]
+
+
+def weights_among(names: Iterable[str], stem: str) -> dict[str | None, list[str]]:
+    """Variant -> those of a folder's files that hold a network of that variant in safetensors: one, or else its parts.
+
+    A variant is what stands behind the stem of the name: fp16 in `stem.fp16.safetensors`; None: nothing does.
+    """
+    whole, parts = {}, {}
+    pattern = re.compile(rf"{stem}(?:\.(\w+))?(-\d{{5}}-of-\d{{5}})?(?:\.(\w+))?\.safetensors")
+    for name in sorted(names):
+        if found := pattern.fullmatch(PurePosixPath(name).name):
+            variant = found[1] or found[3]
+            (parts if found[2] else whole).setdefault(variant, []).append(name)
+    return parts | whole
+
+
+def part_weights(source: str | Path, part: str, variant: str | None, label: str = "base") -> list[str]:
+    """The safetensors files of a part of a pipeline, as paths inside it; part "": of a network of its own.
+
+    Raises InvdpoError where there is none of that variant: other variants, a pickle, a part that is missing.
+    """
+    names, stem = file_names(source, part, label), TEXT if part.startswith("text_encoder") else UNET
+    found, where = weights_among(names, stem), f"{said(label, source)}: `{part or '.'}`"
+    if variant in found:
+        return complete(found[variant], where)
+    if found:
+        has = " and ".join(sorted("plain ones" if name is None else f"`variant: {name}`" for name in found))
+        asked = "plain weights" if variant is None else f"weights of `variant: {variant}`"
+        raise InvdpoError(f"{where} holds no {asked}, but {has}. Set `variant` so, or use another release.")
+    refuse_pickles(names, where)
+    raise InvdpoError(
+        f"{where} holds no weights in safetensors ({stem}.safetensors). Fetch it again, or use another release."
+    )
+
+
+def complete(names: list[str], where: str) -> list[str]:
+    """The files of a network; InvdpoError where it is stored in parts and not all of them are there."""
+    if (found := re.search(r"-of-(\d{5})\.", names[0])) and len(names) != int(found[1]):
+        raise InvdpoError(f"{where} holds {len(names)} of {int(found[1])} parts of its weights. Fetch it again.")
+    return names
+
+
+def refuse_pickles(names: Iterable[str], where: str) -> None:
+    """InvdpoError where one of some files, none of which is weights in safetensors, is a pickle."""
+    if pickles := [name for name in names if PurePosixPath(name).suffix in PICKLES]:
+        raise InvdpoError(
+            f"{where} holds its weights as a pickle only ({pickles[0]}), which can run any code when it is read, so it "
+            "is not read. Use a release in safetensors, or convert one that you trust."
+        )
 
 
 def load_weights(kind: type[Loaded], source: str | Path, part: str, label: str = "base", **options: Any) -> Loaded:
@@ -129,7 +258,8 @@ def load_weights(kind: type[Loaded], source: str | Path, part: str, label: str =
     part: its folder in the pipeline, "" for the source itself. label: the study's key that names the source. The
     libraries only warn about missing and unexpected keys, and put random weights in the place of missing ones.
     """
-    _refuse_pickles(source, part, label)
+    for name in part_weights(source, part, options.get("variant"), label):
+        read_header(fetch(source, name, label), f"{said(label, source)}: {name}")
     library: Any = kind
     options |= {"subfolder": part, "use_safetensors": True, "output_loading_info": True}
     model, report = attempt(source, part or "weights", lambda: library.from_pretrained(source, **options), label)
@@ -137,8 +267,8 @@ def load_weights(kind: type[Loaded], source: str | Path, part: str, label: str =
     if missing or unexpected:
         counts = [f"{len(keys)} {what} ({_some(keys)})" for keys, what in _told(missing, unexpected)]
         raise InvdpoError(
-            f"`{label}: {source}`: the weights of `{part or 'the model'}` have {' and '.join(counts)}, so they are not "
-            "those of the network that its config.json describes. Check the file, or fetch it again."
+            f"{said(label, source)}: the weights of `{part or 'the model'}` have {' and '.join(counts)}, so they are "
+            "not those of the network that its config.json describes. Check the file, or fetch it again."
         )
     return model
 
@@ -152,60 +282,7 @@ def _some(keys: list[str]) -> str:
     return ", ".join(keys[:NAMED]) + (", …" if len(keys) > NAMED else "")
 
 
-def _refuse_pickles(source: str | Path, part: str, label: str) -> None:
-    folder = Path(source) / part
-    if not folder.is_dir() or list(folder.glob("*.safetensors")):
-        return
-    if pickles := sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES):
-        raise InvdpoError(
-            f"`{label}: {source}`: `{part or '.'}` holds its weights as a pickle only ({pickles[0]}), which can run "
-            "any code when it is read, so it is not read. Use a release in safetensors, or convert one that you trust."
-        )
-
-
 def attempt(source: str | Path, part: str, load: Callable[[], Loaded], label: str = "base") -> Loaded:
     """Call a library's loader; whatever it cannot find or read becomes one message that names the part."""
-    try:
+    with hub.told(str(source), said(label, source), LOCAL_COPY, part=part):
         return load()
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        raise InvdpoError(f"`{label}: {source}`: {_why(Path(source), part, error)}") from error
-
-
-def _why(folder: Path, part: str, error: Exception) -> str:
-    reason = " ".join(str(error).split())[:300]
-    if folder.is_dir():
-        if part and not (folder / part).exists():
-            return (
-                f"the folder has no `{part}`. A pipeline folder holds model_index.json, unet, vae, scheduler and one "
-                "or two text encoders with tokenizers, as `save_pretrained` writes them."
-            )
-        return f"the `{part}` of it cannot be loaded ({reason}). Check the files."
-    from huggingface_hub import errors
-
-    causes, local = list(_chain(error)), "a local copy also does: put its folder in place of the id."
-
-    def is_any(*kinds: type[BaseException]) -> bool:
-        return any(isinstance(cause, kinds) for cause in causes)
-
-    if is_any(errors.GatedRepoError):
-        return (
-            "the hub gives it only to those who accepted its terms. Do so on its page there and log in "
-            f"(`hf auth login`); {local}"
-        )
-    if is_any(errors.RepositoryNotFoundError, errors.HFValidationError):
-        return f"there is no such folder here, and no such repository on the hub (or a private one). Check it; {local}"
-    if is_any(errors.RemoteEntryNotFoundError):
-        return (
-            f"the hub's repository has no such `{part}` (weights must be safetensors, of the `variant` asked for). "
-            f"Check the id; {local}"
-        )
-    if is_any(errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.RevisionResolutionError):
-        return f"there is no such folder here, the hub cannot be reached, and `{part}` was not fetched before; {local}"
-    return f"there is no such folder here, and the hub's `{part}` cannot be loaded ({reason}). Check the id; {local}"
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and everything that it was raised from."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__

@@ -6,7 +6,6 @@ read: a pickle runs whatever code its author put into it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,15 +15,29 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from invdpo import hub
+from invdpo.backbones.files import (
+    LOCAL_COPY,
+    UNET,
+    attempt,
+    complete,
+    fetch,
+    file_names,
+    inside,
+    look,
+    read_header,
+    read_json,
+    refuse_pickles,
+    said,
+    weights_among,
+)
 from invdpo.errors import InvdpoError
-from invdpo.hub import fetch_file
+from invdpo.hub import Remote
 
 if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
-UNET = "diffusion_pytorch_model"
 LORA_FILE = "pytorch_lora_weights.safetensors"
-PICKLES = (f"{UNET}.bin", f"{UNET}.fp16.bin", "pytorch_lora_weights.bin")
 LORA_WORDS = ("lora_A", "lora_B", "lora_up", "lora_down", "lora.up", "lora.down")
 SHOWN = 3  # names of tensors in a message
 
@@ -42,7 +55,7 @@ class Stored:
     @property
     def lora(self) -> bool:
         """Whether these are low-rank updates of weights, and not weights."""
-        return any(word in name for name in self.places for word in LORA_WORDS)
+        return any(word in name for name in self.shapes for word in LORA_WORDS)
 
     def reader(self, stack: ExitStack) -> Callable[[str], Tensor]:
         """Reads a tensor by its name, as it is stored, on the CPU; the files are open until `stack` closes."""
@@ -54,54 +67,90 @@ class Stored:
         return lambda name: opened[self.places[name]].get_tensor(name)
 
 
-def unet_files(variant: str | None) -> tuple[str, str]:
-    """What diffusers calls a UNet's file, and the index of one that is stored in parts."""
-    suffix = "" if variant is None else f".{variant}"
-    return f"{UNET}{suffix}.safetensors", f"{UNET}.safetensors.index{suffix}.json"
-
-
 def find_weights(source: str | Path, wanted: str = "weights", variant: str | None = None) -> Stored:
     """The tensors of a UNet or LoRA: of a folder (a UNet's, a pipeline's, a checkpoint's) or safetensors file here, or
     of a hub id, which a path inside its repository may follow (`owner/name/folder`, `owner/name/file.safetensors`).
 
     wanted: the setting that names the source, for messages. variant: which of its files, `fp16` for
-    diffusion_pytorch_model.fp16.safetensors; None: the plain ones, or fp16 where there are no others. Raises
-    InvdpoError: no such source or no weights in it, weights in a pickle only, a file that is truncated or not
-    safetensors.
+    diffusion_pytorch_model.fp16.safetensors; None: the plain ones, else those of fp16, else those of the only variant
+    that there is. Raises InvdpoError: no such source or no weights in it, weights in a pickle only (of which nothing is
+    fetched), of a type that is no weight's, a file that is truncated or not safetensors.
     """
-    files = _files(str(source), wanted, variant)
+    root, names = _names(str(source), wanted, variant)
     places, shapes = {}, {}
-    for path in files:
-        for name, shape in _header(path, source, wanted).items():
+    for file in names:
+        path = fetch(root, file, wanted)
+        for name, (_, shape) in read_header(path, f"{said(wanted, source)}: {file}").items():
             places[name], shapes[name] = path, shape
     return Stored(str(source), places, shapes)
 
 
-def _files(source: str, wanted: str, variant: str | None) -> list[Path]:
+def look_at_weights(
+    source: str | Path, wanted: str = "weights", variant: str | None = None
+) -> tuple[Stored, list[Remote]]:
+    """What `find_weights` would find, without places, so that it cannot be read; and its files on the hub, of which
+    nothing but headers is fetched. Arguments and errors as there.
+    """
+    root, names = _names(str(source), wanted, variant)
+    shapes, files = {}, []
+    for file in names:
+        header, remote = look(root, file, wanted)
+        shapes |= {name: shape for name, (_, shape) in header.items()}
+        files += [remote] if remote is not None else []
+    return Stored(str(source), {}, shapes), files
+
+
+def made_from(source: str | Path, wanted: str = "weights") -> str | None:
+    """What the configuration beside published weights says that they were loaded from, as diffusers writes it into a
+    config.json; None where it says nothing. It may be a folder of its maker's.
+    """
+    root, names = _names(str(source), wanted, None)
+    folder = names[0].rpartition("/")[0]
+    if f"{folder}/config.json".lstrip("/") not in file_names(root, folder, wanted):
+        return None
+    return read_json(root, f"{folder}/config.json".lstrip("/"), wanted).get("_name_or_path")
+
+
+def _names(source: str, wanted: str, variant: str | None) -> tuple[str, list[str]]:
+    """A folder here or hub id, and the paths inside it of the files that hold the weights."""
     root, inner = _split(source, wanted)
     if inner.endswith(".safetensors"):
-        return [_needed(root, inner, source, wanted)]
-    folders = [f"{inner}/"] if inner else ["unet/", ""]
-    names = unet_files(variant) if variant else (*unet_files(None), *unet_files("fp16"))
+        return root, [inner]
+    folders, where = [inner] if inner else ["unet", ""], said(wanted, source)
+    names = _all_names(root, folders, where)
     for folder in folders:
-        for name in names:
-            found = _find(root, folder + name, source, wanted)
-            if found is not None:
-                return [found] if name.endswith(".safetensors") else _parts(found, root, folder, source, wanted)
-    last = folders[-1]
-    if (found := _find(root, last + LORA_FILE, source, wanted)) is not None:
-        return [found]
-    for name in [folder + pickle for folder in folders for pickle in PICKLES]:
-        if _find(root, name, source, wanted) is not None:
-            raise InvdpoError(
-                f"`{wanted}: {source}` holds its weights as a pickle ({name}), which could run any code; only "
-                "safetensors are read. Convert the file where you trust it, and name the folder with the result."
-            )
+        if found := _of_variant(weights_among(inside(names, folder), UNET), variant, where):
+            return root, complete(found, where)
+    lora = f"{folders[-1]}/{LORA_FILE}".lstrip("/")
+    if lora in names:
+        return root, [lora]
+    refuse_pickles((name for folder in folders for name in inside(names, folder)), where)
+    suffix = "" if variant is None else f".{variant}"
+    unets = [f"{folder}/{UNET}{suffix}.safetensors".lstrip("/") for folder in folders]
     raise InvdpoError(
-        f"`{wanted}: {source}` holds no {' or '.join(folder + names[0] for folder in folders)} and no "
-        f"{last}{LORA_FILE}. Name the folder or safetensors file of a diffusers UNet, pipeline or LoRA, or a hub id; a "
-        "path inside a repository may follow its id."
+        f"{where} holds no {' or '.join(unets)} and no {lora}. Name the folder or safetensors file of a diffusers "
+        "UNet, pipeline or LoRA, or a hub id; a path inside a repository may follow its id."
     )
+
+
+def _all_names(root: str, folders: list[str], where: str) -> list[str]:
+    """Paths of the files in those folders of a folder here, or of all files of a hub repository."""
+    if not Path(root).is_dir():
+        return sorted(hub.list_files(root, where, LOCAL_COPY))
+    files = [path for folder in folders for path in (Path(root) / folder).glob("*") if path.is_file()]
+    return sorted(path.relative_to(root).as_posix() for path in files)
+
+
+def _of_variant(found: Mapping[str | None, list[str]], variant: str | None, where: str) -> list[str]:
+    """The files of a variant, or of the one that stands for none; empty where there is no such."""
+    if variant is not None:
+        return found.get(variant, [])
+    for name in (None, "fp16"):
+        if name in found:
+            return found[name]
+    if len(found) > 1:
+        raise InvdpoError(f"{where} holds weights in the variants {', '.join(map(str, found))}. Name one of the files.")
+    return next(iter(found.values()), [])
 
 
 def _split(source: str, wanted: str) -> tuple[str, str]:
@@ -112,52 +161,28 @@ def _split(source: str, wanted: str) -> tuple[str, str]:
     if path.is_file():
         if path.suffix != ".safetensors":
             raise InvdpoError(
-                f"`{wanted}: {source}` is no safetensors file. Other kinds could run any code when they are read, so "
+                f"{said(wanted, source)} is no safetensors file. Other kinds could run any code when they are read, so "
                 "they are not; convert the file where you trust it."
             )
         return str(path.parent), path.name
-    parts = source.split("/")
-    if len(parts) < 2 or path.is_absolute() or parts[0] in (".", "..", ""):
-        raise InvdpoError(f"`{wanted}: {source}`: there is no such folder or file. Check the path.")
-    return "/".join(parts[:2]), "/".join(parts[2:]).rstrip("/")
-
-
-def _find(root: str, name: str, source: str, wanted: str) -> Path | None:
-    if Path(root).is_dir():
-        path = Path(root) / name
-        return path if path.is_file() else None
-    return fetch_file(root, name, f"`{wanted}: {source}`", "name the folder of a local copy")
-
-
-def _needed(root: str, name: str, source: str, wanted: str) -> Path:
-    found = _find(root, name, source, wanted)
+    found = None if path.is_absolute() else hub.split_id(source)
     if found is None:
-        raise InvdpoError(f"`{wanted}: {source}`: {root} has no file {name}. Fetch it again, or check the name.")
+        raise InvdpoError(f"{said(wanted, source)}: there is no such folder or file. Check the path.")
     return found
 
 
-def _parts(index: Path, root: str, folder: str, source: str, wanted: str) -> list[Path]:
-    """The files of a network that is stored in several."""
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as error:
-        raise InvdpoError(f"`{wanted}: {source}`: {index.name} is no index of weights ({error!r}).") from error
-    if unsafe := [name for name in names if "/" in name or not name.endswith(".safetensors")]:
-        raise InvdpoError(f"`{wanted}: {source}`: {index.name} names {unsafe[0]}, which is no safetensors file there.")
-    return [_needed(root, folder + name, source, wanted) for name in names]
+def network_of(base: str | Path) -> Stored:
+    """The tensors of the network that a pipeline's unet/config.json describes, of which none is made."""
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
+    config = read_json(base, "unet/config.json")
 
-def _header(path: Path, source: str | Path, wanted: str) -> dict[str, tuple[int, ...]]:
-    """Tensor -> shape, without reading the tensors."""
-    from safetensors import SafetensorError, safe_open
+    def shapes() -> dict[str, tuple[int, ...]]:
+        with torch.device("meta"):
+            unet: Any = UNet2DConditionModel.from_config(config)
+        return {name: tuple(value.shape) for name, value in unet.state_dict().items()}
 
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-    except (SafetensorError, OSError) as error:
-        raise InvdpoError(
-            f"`{wanted}: {source}`: {path.name} is truncated, or no safetensors file ({error}). Fetch it again."
-        ) from error
+    return Stored("unet/config.json", {}, attempt(base, "unet/config.json", shapes))
 
 
 def check_same_network(weights: Stored, base: Stored, wanted: str = "weights") -> None:
@@ -204,13 +229,18 @@ def put_into(unet: UNet2DConditionModel, weights: Stored, wanted: str = "weights
     return unet
 
 
-def _fuse(unet: UNet2DConditionModel, weights: Stored, wanted: str) -> UNet2DConditionModel:
+def require_peft(weights: Stored, wanted: str = "weights") -> None:
+    """InvdpoError where a LoRA cannot be read because its library is not installed."""
     from diffusers.utils.import_utils import is_peft_available
 
     if not is_peft_available():
         raise InvdpoError(
             f"`{wanted}: {weights.source}` is a LoRA, which needs peft. Install it: `uv sync --extra lora`."
         )
+
+
+def _fuse(unet: UNet2DConditionModel, weights: Stored, wanted: str) -> UNet2DConditionModel:
+    require_peft(weights, wanted)
     from diffusers.loaders.lora_pipeline import StableDiffusionLoraLoaderMixin, StableDiffusionXLLoraLoaderMixin
 
     if text := [name for name in weights.shapes if name.startswith(("text_encoder", "lora_te"))]:

@@ -345,15 +345,17 @@ def weight_distances_table(study: StudyConfig) -> Table:
         if grouping in spread:
             spread[grouping].setdefault(arm, {})[group] = values["relative_l2"]
         records.append(record)
-    head = ["Arm", "Stored as", "RMS of the change", *(["both rounded", "at least"] if narrow else [])]
-    head += ["Norm / base's norm", "Changed", *(["both rounded"] if narrow else []), "Largest"]
-    head += ["Recipe's bound"] if settings.bounds else []
+    moved = ["Stored as", "RMS of the change", *(["both rounded", "at least"] if narrow else [])]
+    moved += ["Norm / base's norm", "Changed", *(["both rounded"] if narrow else []), "Largest"]
+    head = ["Arm", *moved, *(["Recipe's bound"] if settings.bounds else [])]
     blocks = [Block("Whole network", head, totals)]
     titles = {"block": "Norm of the change over the base's, by block", "kind": "The same by kind of layer"}
     for grouping, arms in spread.items():
         groups = list(dict.fromkeys(found.loc[found["grouping"] == grouping, "group"]))
         rows = [[arm_title(arm), *(_two_digits(part.get(group)) for group in groups)] for arm, part in arms.items()]
         blocks.append(Block(titles[grouping], ["Arm", *groups], rows))
+    if settings.against:
+        blocks.append(_held_against(study, measures, moved, narrow))
     notes = [
         "Weights of the UNet minus those of its base. Trained arms: last checkpoint, mean over training seeds [lowest, "
         "highest]. Time: embeddings of the timestep and of sizes. Attention: whole transformer blocks."
@@ -366,7 +368,22 @@ def weight_distances_table(study: StudyConfig) -> Table:
         ]
     for arm, bound in settings.bounds.items():
         notes.append(f"Bound of {arm_title(arm)}: {bound.rms:g}, {bound.source}. *: at least that far is above it.")
+    origins = study.root / "experiments" / "weight_distances" / "made_from.csv"
+    for row in pd.read_csv(origins).to_dict("records") if origins.is_file() else []:
+        notes.append(f"{arm_title(row['arm'])} was published as loaded from {row['made_from']}, by its config.json.")
     return Table("Distance of the weights from their base's", notes, records, columns, blocks)
+
+
+def _held_against(study: StudyConfig, measures: list[str], head: list[str], narrow: bool) -> Block:
+    """The arms that are held against another model than their base, over the whole network."""
+    found, rows = _read(study, "weight_distances", "against.csv"), []
+    whole = found.loc[found["grouping"] == "total"]
+    for (arm, other), runs in whole.groupby(["arm", "against"], sort=False):
+        record = {"arm": arm, "seeds": len(runs)} | runs.iloc[0][["dtype", "base_dtype"]].to_dict()
+        values = {measure: _over_runs(runs[measure]) for measure in measures}
+        title, *cells = _distance_cells(record, values, narrow, False)
+        rows.append([title, other, *cells])
+    return Block("Held against another model, in place of the base", ["Arm", "Model", *head], rows)
 
 
 def _over_runs(values: pd.Series) -> Interval | None:

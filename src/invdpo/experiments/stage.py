@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,8 +24,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from invdpo.backbones.pipeline import UNetEps, encode_images, load_schedule, load_unet, load_vae
-from invdpo.backbones.released import Stored, find_weights, put_into
+from invdpo.backbones.released import Stored, find_weights, made_from, put_into
 from invdpo.backbones.text import empty_prompt, encode_prompts, for_sampling, load_text
+from invdpo.device import memory_for
 from invdpo.errors import InvdpoError
 from invdpo.evaluate import checkpoints_of
 from invdpo.experiments.audit import Drawing, Noise, audit, cosine, decoder, pickscore, reward_gradient, summary
@@ -67,6 +69,8 @@ if TYPE_CHECKING:
     )
     from invdpo.scorers import Scorer
     from invdpo.scorers.pickscore import PickScore
+
+log = logging.getLogger("invdpo")
 
 SHOWN_LEVELS = 6  # of a trajectory, x_0 and x_T included
 LATENTS_A_CALL = 256  # of a network, where the study sets no chunk
@@ -116,16 +120,18 @@ def run(study: StudyConfig, name: str, device: torch.device) -> Path:
     inversion_error: errors.csv (a row a setting and latent), levels.csv, pictures.parquet. precision: latents.csv,
     agreement.csv. audit: gradients.csv (a row a setting and batch), summary.csv,
     rewards.csv (a row a policy). preference_accuracy: votes.csv (a row a vote), accuracy.csv (a row a score).
-    weight_distances: tensors.parquet (a row a tensor), summary.csv (a row a block or kind of layer). Raises InvdpoError
-    for an experiment that the study has not, too few held-out pairs, missing runs, and as the experiment
-    itself does.
+    weight_distances: tensors.parquet (a row a tensor), summary.csv (a row a block or kind of layer), where there
+    is such against.csv (the same of arms that are held against another model) and made_from.csv (what published weights
+    say that they were loaded from). Raises InvdpoError for an experiment that the study has not, too few held-out
+    pairs, missing runs, a GPU that is out of memory, and as the experiment itself does.
     """
     if name not in study.experiments.measured:
         has = ", ".join(study.experiments.measured) or "none"
         raise InvdpoError(f"Study `{study.study}` has no `experiments.{name}`; those it has: {has}.")
     started, counter = time.time(), Counter()
     settings = getattr(study.experiments, name)
-    files, notes = EXPERIMENTS[name](study, settings, device, counter)
+    with memory_for(f"experiment {name}", remedies(study, name)):
+        files, notes = EXPERIMENTS[name](study, settings, device, counter)
     folder = study.root / "experiments" / name
     for file, rows in files.items():
         with replace_when_done(folder / file) as temporary:
@@ -145,6 +151,20 @@ def run(study: StudyConfig, name: str, device: torch.device) -> Path:
     )
     write_json(folder / "provenance.json", provenance | {"experiment": name, "settings": content} | notes)
     return folder
+
+
+def remedies(study: StudyConfig, name: str) -> list[str]:
+    """Which settings of an experiment to lower when the GPU's memory does not do, the one that frees most first."""
+    settings, place = getattr(study.experiments, name), f"experiments.{name}"
+    chunk = study.training.chunk or LATENTS_A_CALL
+    chunks = [f"`training.chunk: {chunk // 2}` (now {chunk})"] if chunk > 1 else []
+    counts = {"inversion_error": "latents", "precision": "pairs", "audit": "pairs"}
+    fewer = [f"`{place}.{key}` (now {getattr(settings, key)})"] if (key := counts.get(name)) else []
+    if name in ("precision", "audit"):
+        fewer = chunks + fewer
+    if name in ("inversion_error", "preference_accuracy"):
+        fewer.append("fewer `scorers` at a time, whose networks stay on the GPU")
+    return [*fewer, f"`training.resolution` for the whole study (now {study.training.resolution})"]
 
 
 def unseen_pairs(study: StudyConfig, arms: Sequence[str], pairs: int) -> list[int]:
@@ -466,20 +486,29 @@ def _preference_accuracy(
 def _weight_distances(
     study: StudyConfig, settings: WeightDistancesConfig, _: torch.device, __: Counter
 ) -> tuple[Files, dict[str, Any]]:
-    """Published weights, and the last checkpoint of every seed of a trained arm, each against the base of its arm."""
-    tensors, totals = [], []
+    """Published weights, and the last checkpoint of every seed of a trained arm, each against the base of its arm, and
+    against another model where one is named.
+    """
+    tensors, totals, others, origins = [], [], [], []
     for name in tqdm(settings.arms, unit="arm", desc="weight distances"):
         arm, own = study.arm(name), study.with_base_of(name)
         base = find_weights(own.base, "base", own.variant)
         for seed in study.seeds if arm.trains else [0]:
             folder = checkpoints_of(own, arm, seed)[-1].folder if arm.trains else None
-            rows = _from_base(own, base, find_weights(folder or str(arm.weights)))
+            weights = find_weights(folder or str(arm.weights))
+            rows = _from_base(own, base, weights)
             run = {"arm": name, "seed": seed}
             tensors.append(rows.assign(**run))
             totals.append(distance_summary(rows).assign(**run))
-    files = {"tensors.parquet": tensors, "summary.csv": totals}
+            if (other := settings.against.get(name)) is not None:
+                held = _from_base(own, find_weights(other, "experiments.weight_distances.against"), weights)
+                others.append(distance_summary(held).assign(**run, against=other))
+        if arm.weights is not None and (origin := made_from(arm.weights)) is not None:
+            origins.append(pd.DataFrame([{"arm": name, "weights": arm.weights, "made_from": origin}]))
+            log.info(f"{name}: the configuration of {arm.weights} says that it was loaded from {origin}")
+    files = {"tensors.parquet": tensors, "summary.csv": totals, "against.csv": others, "made_from.csv": origins}
     notes = {"weights": {name: study.arm(name).hash for name in settings.arms}}
-    return {name: pd.concat(parts, ignore_index=True) for name, parts in files.items()}, notes
+    return {name: pd.concat(parts, ignore_index=True) for name, parts in files.items() if parts}, notes
 
 
 def _from_base(study: StudyConfig, base: Stored, weights: Stored) -> pd.DataFrame:

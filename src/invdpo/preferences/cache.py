@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from invdpo.device import memory_for
 from invdpo.errors import InvdpoError
 from invdpo.files import mirror, remove, replace_when_done, write_json
 from invdpo.preferences.decode import DecodedPair, decoded, in_order
@@ -154,9 +155,14 @@ def prepare(study: StudyConfig, device: torch.device) -> dict[str, Any]:
     Where a recipe of the study weights pairs by their strength, both images of every pair are also scored, as they come
     and not as they are trained on, by the study's PickScore. Does nothing when the cache there already holds exactly
     this content; goes on behind the last whole part of a run that was stopped; waits for another that is at it. Raises
-    InvdpoError when columns are missing, too many images cannot be decoded, no pair is left, the disk is too small, or
-    scores are needed and `scorers.pickscore` is missing or tells no image from another.
+    InvdpoError when columns are missing, too many images cannot be decoded, no pair is left, the disk is too small, a
+    GPU is out of memory, or scores are needed and `scorers.pickscore` is missing or tells no image from another.
     """
+    with memory_for("prepare", _lower(study)):
+        return _prepare(study, device)
+
+
+def _prepare(study: StudyConfig, device: torch.device) -> dict[str, Any]:
     from invdpo.backbones.files import fingerprint
     from invdpo.provenance import code_hash, lock_hash
 
@@ -189,6 +195,15 @@ def prepare(study: StudyConfig, device: torch.device) -> dict[str, Any]:
         counts = _encode_pairs(study, plan, work, device, scorer)
         index = _encode_captions(study, work, device)
         return _publish(study, plan, work, counts, index, keys, content, device, started)
+
+
+def _lower(study: StudyConfig) -> list[str]:
+    """What needs less of a GPU: at 512 pixels and above the VAE has the two images of one pair at a time already."""
+    scored = any(arm.recipe.loss.weight_by_strength for arm in map(study.arm, study.arms) if arm.trains)
+    return [
+        f"`training.resolution` for the whole study (now {study.training.resolution})",
+        *(["leave out the arms that weight pairs by PickScore, which stays on the GPU"] if scored else []),
+    ]
 
 
 def _encode_pairs(study: StudyConfig, plan: Plan, work: Path, device: torch.device, scorer: PickScore | None) -> Counts:

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from invdpo.errors import InvdpoError
+from invdpo.hub import explain, split_id, told
 from invdpo.provenance import sha256_file
 
 log = logging.getLogger("invdpo")
@@ -25,6 +26,7 @@ COLUMNS = ("jpg_0", "jpg_1", "label_0", "label_1", "caption")
 MAGIC = b"PAR1"  # the first and last four bytes of every parquet file
 READ_AHEAD = 2**16  # bytes a range request of a footer or label column asks for: both are tens of kB
 FOOTERS_AT_ONCE = 8  # requests of labels under way
+INSTEAD = "point the setting to a local folder of its parquet files, or to an id with the same columns"
 
 
 @dataclass(frozen=True)
@@ -66,13 +68,15 @@ def list_shards(source: str, revision: str | None = None) -> list[Shard]:
         if not files:
             raise InvdpoError(f"`preferences: {source}` is a folder without a parquet file in it.")
         return [Shard(str(file), file.stat().st_size, file) for file in files]
+    repo, _, split = source.partition(":")
+    if split_id(repo) != (repo, ""):
+        raise InvdpoError(
+            f"`preferences: {source}` is no file or folder here, nor a hub data set's id (owner/name). Check the path."
+        )
     from huggingface_hub import HfApi
 
-    repo, _, split = source.partition(":")
-    try:
+    with told(repo, f"`preferences: {source}`", INSTEAD, "dataset", revision=revision):
         info = HfApi().dataset_info(repo, revision=revision, files_metadata=True)
-    except Exception as error:  # of the hub's client, of its HTTP library, which changes, and of the system
-        _explain(source, revision, error)
     files = {Path(file.rfilename): file for file in info.siblings or [] if file.rfilename.endswith(".parquet")}
     names = _of_split(sorted(files), split or "train") or ([] if split else sorted(files))
     if not names:
@@ -117,9 +121,9 @@ def opened(shard: Shard) -> Iterator[pq.ParquetFile]:
             yield parquet
     except InvdpoError:
         raise
-    except Exception as error:  # as in list_shards
+    except Exception as error:  # of the hub's client, of its HTTP library, which changes, and of the system
         if shard.path is None and not isinstance(error, pa.ArrowException):
-            _explain(shard.name, shard.commit, error)
+            raise _explained(shard, error) from error
         reason = (shard.path and fault(shard.path)) or " ".join(str(error).split())[:300]
         raise InvdpoError(
             f"{shard.name} cannot be read as parquet: {reason}. Copy or download the file again."
@@ -130,10 +134,7 @@ def _remote(shard: Shard) -> Any:
     from huggingface_hub import HfFileSystem
 
     path = f"datasets/{shard.repo}@{shard.commit}/{shard.name.removeprefix(f'{shard.repo}/')}"
-    try:
-        return HfFileSystem().open(path, "rb", block_size=READ_AHEAD, size=shard.size)
-    except Exception as error:  # as in list_shards
-        _explain(shard.name, shard.commit, error)
+    return HfFileSystem().open(path, "rb", block_size=READ_AHEAD, size=shard.size)
 
 
 def decided(shard: Shard) -> np.ndarray:
@@ -161,9 +162,10 @@ def all_decided(shards: list[Shard]) -> list[np.ndarray]:
 def fetch(shard: Shard) -> Path:
     """A shard's file, downloaded where it is not here yet and checked against what the hub says of it.
 
-    A download whose connection breaks goes on where it stopped; after a killed process, files that were complete are
-    kept. One that is not whole is fetched once more; InvdpoError, naming it, where it is broken then too. A local file
-    is what it is: reading it tells.
+    A download whose connection breaks goes on where it stopped. One whose process is killed starts again from its first
+    byte, because the hub's client writes each attempt into a file of a name of its own; files that were complete are
+    kept, so that a kill costs at most the file under way (0.5 GB of Pick-a-Pic v2). One that is not whole is fetched
+    once more; InvdpoError, naming it, where it is broken then too. A local file is what it is: reading it tells.
     """
     if shard.path is not None:
         return shard.path
@@ -183,9 +185,9 @@ def fetch(shard: Shard) -> Path:
                     force_download=again,
                 )
             )
-        except Exception as error:  # as in list_shards
+        except Exception as error:  # as in opened
             if "Consistency check failed" not in str(error):
-                _explain(shard.name, shard.commit, error)
+                raise _explained(shard, error) from error
             wrong = "the download ended before the file did"
             continue
         wrong = _differs(path, shard) or fault(path)
@@ -195,6 +197,10 @@ def fetch(shard: Shard) -> Path:
         f"{shard.name} was fetched twice and is broken: {wrong}. Try again later, or point `preferences:` to a local "
         "folder with a good copy of the files."
     )
+
+
+def _explained(shard: Shard, error: Exception) -> InvdpoError:
+    return explain(error, shard.repo, shard.name, INSTEAD, "dataset", shard.name, shard.commit)
 
 
 def _differs(path: Path, shard: Shard) -> str | None:
@@ -248,36 +254,3 @@ def digest(rows: Iterable[np.ndarray]) -> str:
     for numbers in rows:
         content.update(len(numbers).to_bytes(8, "big") + numbers.astype("<i8").tobytes())
     return content.hexdigest()
-
-
-def _explain(source: str, revision: str | None, error: Exception) -> NoReturn:
-    """Raise what the hub's client found, in words that say what to do."""
-    from huggingface_hub import errors
-
-    repo = "/".join(source.partition(":")[0].split("/")[:2])
-    if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, errors.HfHubHTTPError):
-        error = error.__cause__  # the hub's file system says so of everything
-    elsewhere = "Or point `preferences:` to a local folder of its parquet files, or to an id with the same columns"
-    if isinstance(error, errors.GatedRepoError):
-        what = f"is gated: accept its conditions on its page and log in (`hf auth login`, or HF_TOKEN). {elsewhere}"
-    elif isinstance(error, errors.RevisionNotFoundError):
-        what = f"has no revision `{revision}`. Correct `data.revision`"
-    elif isinstance(error, errors.EntryNotFoundError):
-        what = f"has no file {source} any more. Try again. {elsewhere}"
-    elif isinstance(error, errors.RepositoryNotFoundError):
-        what = (
-            "is not on the hub, or is private and you are not logged in (yuvalkirstain/pickapic_v2: reported missing "
-            f"in 2025). Correct the id. {elsewhere}"
-        )
-    elif isinstance(error, errors.HFValidationError) or repo.count("/") != 1 or repo.startswith((".", "/")):
-        raise InvdpoError(
-            f"`preferences: {source}` is no file or folder here, nor a hub data set's id (owner/name). Check the path."
-        ) from error
-    elif isinstance(error, errors.HfHubHTTPError):
-        status = error.response.status_code
-        do = "Log in (`hf auth login`, or HF_TOKEN)" if status in (401, 403) else "Try again later"
-        what = f"cannot be read: the hub answered {status}. {do}. {elsewhere}"
-    else:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        what = f"cannot be reached ({reason}), and `{source}` is no file or folder here. Try again later. {elsewhere}"
-    raise InvdpoError(f"The hub data set `{repo}` {what}.") from error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
@@ -10,6 +12,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from invdpo.config import ScorersConfig
+    from invdpo.hub import Remote
     from invdpo.scorers.openclip import Kind, OpenClip
     from invdpo.scorers.pictures import Preprocessing
 
@@ -93,3 +96,30 @@ def build_scorers(scorers: ScorersConfig, device: torch.device) -> list[Scorer]:
 
         built.append(OracleScore(oracle.world))
     return built
+
+
+def looks(scorers: ScorersConfig) -> list[Callable[[], list[Remote]]]:
+    """For each of the scorers' models and files a function that finds it without fetching or loading it.
+
+    It returns those of its files that are the hub's, and raises InvdpoError naming the config field where one is
+    missing or not given to this account.
+    """
+    from invdpo.scorers import aesthetic as head
+    from invdpo.scorers import imagereward, openclip, pickscore
+    from invdpo.scorers.weights import look_for_file, look_here
+
+    found: list[Callable[[], list[Remote]]] = []
+    if (pick := scorers.pickscore) is not None:
+        found.append(partial(pickscore.look_for, pick.model, pick.processor))
+    if (clip := scorers.clip) is not None:
+        found.append(partial(openclip.look_for, clip.model, clip.pretrained, None, "scorers.clip.model"))
+    if (aesthetic := scorers.aesthetic) is not None:
+        found.append(partial(look_for_file, aesthetic.model, head.FIELD))
+        tower = (aesthetic.tower, aesthetic.pretrained, None, "scorers.aesthetic.tower")
+        found.append(partial(openclip.look_for, *tower))
+    if (hps := scorers.hps) is not None:
+        found.append(partial(openclip.look_for, hps.model, hps.pretrained, hps.checkpoint, "scorers.hps.model"))
+    if (reward := scorers.imagereward) is not None:
+        paths = {"checkpoint": reward.checkpoint, "med_config": reward.med_config}
+        found += [partial(look_here, path, f"{imagereward.FIELD}.{name}") for name, path in paths.items() if path]
+    return found

@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 
 from invdpo.errors import InvdpoError
 from invdpo.scorers.openclip import OpenClip
-from invdpo.scorers.weights import finite, loading, require_file, sha12
+from invdpo.scorers.weights import find_file, finite, loading, sha12
 
 FIELD = "scorers.aesthetic.model"
 # The odd indices were dropout when the head was trained.
@@ -24,12 +24,12 @@ class AestheticHead:
     """Five linear layers without activations, D -> 1024 -> 128 -> 64 -> 16 -> 1 in LAION's file; widths from
     the file.
 
-    Raises InvdpoError where the file is missing, unreadable, or not five layers that follow one another to
-    one output.
+    path: a file here, or one of the hub as `owner/name/path/in/it`. Raises InvdpoError where it is missing, unreadable,
+    or not five layers that follow one another to one output.
     """
 
     def __init__(self, path: Path | str, device: torch.device):
-        self.path = require_file(path, FIELD)
+        self.path = find_file(path, FIELD)
         # LAION's tensors were saved on cuda:0.
         weights = loading(FIELD, str(path), lambda: torch.load(self.path, map_location="cpu", weights_only=True))
         names = {f"layers.{layer}.{kind}" for layer in LAYERS for kind in ("weight", "bias")}
@@ -57,9 +57,9 @@ class AestheticHead:
 class AestheticScore:
     """`score` gives {"aesthetic": (B,)}.
 
-    model: the head's .pth file. tower: the open_clip model that embeds the image (LAION's head: OpenAI's
-    ViT-L-14, for instance `hf-hub:timm/vit_large_patch14_clip_224.openai`); its embeddings are L2-normalised. The
-    authors' script embeds with transformers, which resizes and crops as open_clip's own preprocessing does.
+    model: the head's .pth file, here or of the hub. tower: the open_clip model that embeds the image (LAION's head:
+    OpenAI's ViT-L-14, for instance `hf-hub:timm/vit_large_patch14_clip_224.openai`); its embeddings are L2-normalised.
+    The authors' script embeds with transformers, which resizes and crops as open_clip's own preprocessing does.
     """
 
     def __init__(self, model: Path | str, tower: OpenClip):

@@ -20,8 +20,9 @@ from invdpo.scorers.weights import finite
 class HumanPreferenceScore:
     """`score` gives {"hps": (B,)}.
 
-    tower: an open_clip name (`ViT-H-14` with checkpoint=`HPS_v2.1_compressed.pt`), or a `local-dir:` or
-    `hf-hub:` model that holds the tuned weights itself. release: which of HPSv2's weights they are, where they are.
+    tower: an open_clip name (`ViT-H-14` with checkpoint=`xswu/HPSv2/HPS_v2.1_compressed.pt`, of the hub), or a
+    `local-dir:` or `hf-hub:` model that holds the tuned weights itself. release: which of HPSv2's weights they are,
+    where they are.
     """
 
     def __init__(self, tower: OpenClip, release: Literal["v2.0", "v2.1"] | None = None):

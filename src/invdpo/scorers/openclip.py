@@ -21,13 +21,16 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from invdpo.config import nearest
 from invdpo.device import autocast
 from invdpo.errors import InvdpoError
+from invdpo.hub import Remote, list_files, look, split_id
 from invdpo.scorers.pictures import Pictures, Preprocessing
 from invdpo.scorers.texts import Texts
-from invdpo.scorers.weights import loading, require_file, sha12, weights_in
+from invdpo.scorers.weights import INSTEAD, find_file, loading, look_for_file, require_file, sha12, weights_in
 
 Kind = Literal["open_clip", "authors", "authors_aliased"]
+LOCAL, HUB = "local-dir:", "hf-hub:"
 
 
 def half_on_cuda(device: torch.device) -> AbstractContextManager[object]:
@@ -37,27 +40,76 @@ def half_on_cuda(device: torch.device) -> AbstractContextManager[object]:
 
 def _files(model: str, pretrained: str | None, field: str) -> list[Path]:
     """The weight files that open_clip will load for these names, fetched from the hub where need be."""
-    if model.startswith("local-dir:"):
-        return weights_in(Path(model.removeprefix("local-dir:")), field)
-    from open_clip.pretrained import download_pretrained, download_pretrained_from_hf, get_pretrained_cfg
+    if model.startswith(LOCAL):
+        return weights_in(Path(model.removeprefix(LOCAL)), field)
+    from open_clip.pretrained import download_pretrained, download_pretrained_from_hf
 
-    if model.startswith("hf-hub:"):
-        name = model.removeprefix("hf-hub:")
-        return [Path(loading(field, model, lambda: download_pretrained_from_hf(name)))]
+    if model.startswith(HUB):
+        name = model.removeprefix(HUB)
+        return [Path(loading(field, name, lambda: download_pretrained_from_hf(name)))]
     if pretrained is None:
         return []
-    if tag := get_pretrained_cfg(model.replace("/", "-"), pretrained):
-        return [Path(loading(field, f"{model}, {pretrained}", lambda: download_pretrained(tag)))]
+    if tag := _tag(model, pretrained):
+        return [Path(loading(field, tag.get("hf_hub") or model, lambda: download_pretrained(tag)))]
     return [require_file(pretrained, field)]
+
+
+def _tag(model: str, pretrained: str | None) -> dict[str, Any]:
+    """What open_clip knows of the weights of an architecture by that name; empty: nothing."""
+    from open_clip.pretrained import get_pretrained_cfg
+
+    return get_pretrained_cfg(model.replace("/", "-"), pretrained) if pretrained else {}
+
+
+def look_for(model: str, pretrained: str | None, checkpoint: str | None, field: str) -> list[Remote]:
+    """The hub's files that an `OpenClip` of these would read, none where all lie here, without fetching one; raises
+    InvdpoError where one is missing. Weights that open_clip fetches from elsewhere are not looked for.
+    """
+    import open_clip
+    from open_clip.constants import HF_CONFIG_NAME, HF_WEIGHTS_NAME
+
+    if model.startswith(LOCAL):
+        weights_in(Path(model.removeprefix(LOCAL)), field)
+    elif not model.startswith(HUB) and model not in open_clip.list_models():
+        raise InvdpoError(f"{field}: open_clip has no architecture {model}.{nearest(model, open_clip.list_models())}")
+    if checkpoint is not None:
+        return look_for_file(checkpoint, _checkpoint_field(field))
+    if model.startswith(HUB):
+        repo = model.removeprefix(HUB)
+        return [_hub_weights(repo, HF_WEIGHTS_NAME, field), look(repo, HF_CONFIG_NAME, field, INSTEAD)]
+    tag = _tag(model, pretrained)
+    if found := split_id(tag.get("hf_hub") or ""):
+        return [_hub_weights(found[0], found[1] or HF_WEIGHTS_NAME, field)]
+    if not tag and not model.startswith(LOCAL):
+        if pretrained is None:
+            raise InvdpoError(_without_weights(model, field))
+        require_file(pretrained, field)
+    return []
+
+
+def _hub_weights(repo: str, name: str, field: str) -> Remote:
+    """The file of weights that open_clip takes from a repository for that name: in safetensors where there is one."""
+    from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
+
+    safe = HF_SAFE_WEIGHTS_NAME if name == HF_WEIGHTS_NAME else str(Path(name).with_suffix(".safetensors"))
+    return look(repo, safe if safe in list_files(repo, field, INSTEAD) else name, field, INSTEAD)
+
+
+def _checkpoint_field(field: str) -> str:
+    return field.rsplit(".", 1)[0] + ".checkpoint"
+
+
+def _without_weights(model: str, field: str) -> str:
+    return f"{field}: {model!r} is an architecture without weights; add `pretrained` or `checkpoint`"
 
 
 class OpenClip:
     """Embeddings of one open_clip model; scorers that hold the same object share its passes over a `Pictures`.
 
-    model: `local-dir:PATH`, `hf-hub:ID`, or an architecture's name with `pretrained` (a tag or a file).
-    checkpoint: a .pt with {"state_dict": ...} of the same architecture, loaded over it (HPSv2's form). field:
-    the config field that names it, for errors. preprocessing: see the top of this file. Raises InvdpoError where
-    there are no weights to load: open_clip alone would go on with random ones.
+    model: `local-dir:PATH`, `hf-hub:ID`, or an architecture's name with `pretrained` (a tag or a file). checkpoint: a
+    .pt with {"state_dict": ...} of the same architecture, loaded over it (HPSv2's form), a file here or one of the hub
+    as `owner/name/path/in/it`. field: the config field that names it, for errors. preprocessing: see the top of this
+    file. Raises InvdpoError where there are no weights to load: open_clip alone would go on with random ones.
     """
 
     def __init__(
@@ -71,15 +123,13 @@ class OpenClip:
         field: str = "scorers.clip.model",
     ):
         files = _files(model, pretrained, field)
-        if checkpoint is not None:
-            files = [require_file(checkpoint, field.rsplit(".", 1)[0] + ".checkpoint")]
+        over = None if checkpoint is None else find_file(checkpoint, _checkpoint_field(field))
+        files = files if over is None else [over]
         if not files:
-            raise InvdpoError(
-                f"{field}: {model!r} is an architecture without weights; add `pretrained` or `checkpoint`"
-            )
+            raise InvdpoError(_without_weights(model, field))
         self.device = device
         self.model, transform, self.tokenize = loading(
-            field, model, lambda: _load(model, pretrained, checkpoint, device)
+            field, model.removeprefix(HUB).removeprefix(LOCAL), lambda: _load(model, pretrained, over, device)
         )
         self.preprocessing = _preprocessing(preprocessing, self.model.visual, transform)
         self.hash = sha12(files)
@@ -120,19 +170,14 @@ class OpenClip:
         return int((longer[:, :-1] != tokens).any(dim=1).sum())
 
 
-def _load(
-    model: str, pretrained: str | None, checkpoint: Path | str | None, device: torch.device
-) -> tuple[Any, Any, Any]:
+def _load(model: str, pretrained: str | None, checkpoint: Path | None, device: torch.device) -> tuple[Any, Any, Any]:
     """(model in eval mode on the device, validation transform, tokenizer)."""
     import open_clip
-    from open_clip.pretrained import get_pretrained_cfg
 
     # OpenAI's weights were trained with QuickGELU; under the plain architecture name open_clip only warns.
-    tag = get_pretrained_cfg(model.replace("/", "-"), pretrained) if pretrained else {}
+    gelu = bool(_tag(model, pretrained).get("quick_gelu", False))
     network: Any
-    network, _, preprocess = open_clip.create_model_and_transforms(
-        model, pretrained=pretrained, force_quick_gelu=bool(tag.get("quick_gelu", False))
-    )
+    network, _, preprocess = open_clip.create_model_and_transforms(model, pretrained=pretrained, force_quick_gelu=gelu)
     if checkpoint is not None:
         open_clip.load_checkpoint(network, str(checkpoint), strict=True, weights_only=True)
     return network.to(device).eval().requires_grad_(False), preprocess, open_clip.get_tokenizer(model)

@@ -16,13 +16,15 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize as unit
 
+from invdpo import hub
 from invdpo.errors import InvdpoError
 from invdpo.scorers.openclip import half_on_cuda
 from invdpo.scorers.pictures import Pictures, Preprocessing
 from invdpo.scorers.texts import Texts
-from invdpo.scorers.weights import finite, loading, sha12, weights_in
+from invdpo.scorers.weights import INSTEAD, finite, loading, sha12, weights_in
 
 FIELD = "scorers.pickscore.model"
+PREPROCESSING = ("preprocessor_config.json", "processor_config.json")  # as transformers wrote it before 5, and since
 
 
 class PickScore:
@@ -103,12 +105,46 @@ def _model_folder(model: str) -> Path:
     """The local folder of the model; a hub id is fetched into the hub's cache first."""
     if Path(model).is_dir():
         return Path(model)
-    if model.count("/") != 1 or model.startswith((".", "/")):
-        raise InvdpoError(f"{FIELD}: there is no folder {model}; put the model there or set `{FIELD}` to where it is")
+    _hub_weights(model, FIELD)
     from huggingface_hub import snapshot_download
 
     patterns = ["*.json", "*.txt", "*.safetensors"]
-    return Path(loading(FIELD, model, lambda: snapshot_download(model, allow_patterns=patterns)))
+    with hub.told(model, FIELD, INSTEAD):
+        return Path(snapshot_download(model, allow_patterns=patterns))
+
+
+def _hub_weights(model: str, field: str) -> list[str]:
+    """The safetensors files of a hub id; InvdpoError where it has none: a pickle could run any code."""
+    if hub.split_id(model) != (model, ""):
+        raise InvdpoError(f"{field}: there is no folder {model}; put the model there or set `{field}` to where it is")
+    names = hub.list_files(model, f"`{field}: {model}`", INSTEAD)
+    found = [name for name in names if name.endswith(".safetensors") and "/" not in name]
+    if not found:
+        raise InvdpoError(
+            f"`{field}: {model}`: the hub's repository has no weights in safetensors, and nothing else is read. Name "
+            f"one that has, or {INSTEAD}."
+        )
+    return found
+
+
+def look_for(model: str, processor: str | None) -> list[hub.Remote]:
+    """The hub's files that a `PickScore` of these would read, none where both lie here, without fetching one; raises
+    InvdpoError where one is missing.
+    """
+    found: list[hub.Remote] = []
+    if Path(model).is_dir():
+        weights_in(Path(model), FIELD)
+    else:
+        names = ["config.json", *_hub_weights(model, FIELD)]
+        found += [hub.look(model, name, f"`{FIELD}: {model}`", INSTEAD) for name in names]
+    place, field = processor or model, "scorers.pickscore.processor" if processor else FIELD
+    folder, wanted = Path(place), f"`{field}: {place}`"
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set(hub.list_files(place, wanted, INSTEAD))
+    if not (described := [name for name in PREPROCESSING if name in names]):
+        raise InvdpoError(
+            f"{wanted} has no {' or '.join(PREPROCESSING)}, which says how pictures are prepared; {INSTEAD}"
+        )
+    return found if folder.is_dir() else [*found, hub.look(place, described[0], wanted, INSTEAD)]
 
 
 def _load_model(folder: Path, device: torch.device) -> Any:

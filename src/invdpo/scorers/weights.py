@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from invdpo import hub
 from invdpo.errors import InvdpoError
 
 Loaded = TypeVar("Loaded")
 
 # The formats in the order in which transformers and open_clip prefer them; one folder may hold both.
 PATTERNS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
+INSTEAD = "set it to where a copy of it is here"
 
 
 def require_file(path: Path | str, field: str) -> Path:
@@ -24,6 +27,40 @@ def require_file(path: Path | str, field: str) -> Path:
     if not path.is_file():
         raise InvdpoError(f"{field}: there is no file {path}; put the weights there or set `{field}` to where they are")
     return path
+
+
+def find_file(place: Path | str, field: str) -> Path:
+    """A file here by its path, or one of the hub by `owner/name/path/in/it`, fetched where need be; raises InvdpoError
+    naming the config field where it cannot be had.
+    """
+    if Path(place).is_file():
+        return Path(place)
+    return hub.fetch_file(*_on_hub(place, field))
+
+
+def look_for_file(place: Path | str, field: str) -> list[hub.Remote]:
+    """Whether `find_file` would find it, without fetching it: the hub's file; none where it lies here."""
+    if Path(place).is_file():
+        return []
+    repo, name, *words = _on_hub(place, field)
+    hub.list_files(repo, *words)  # which an unreachable hub refuses sooner than a file
+    return [hub.look(repo, name, *words)]
+
+
+def look_here(place: Path | str, field: str) -> list[hub.Remote]:
+    """The same for what must be a file here."""
+    require_file(place, field)
+    return []
+
+
+def _on_hub(place: Path | str, field: str) -> tuple[str, str, str, str]:
+    repo, name = hub.split_id(str(place)) or ("", "")
+    if not name:
+        raise InvdpoError(
+            f"{field}: there is no file {place}; put the weights there, or set `{field}` to where they are: a path, or "
+            "a file of the hub as owner/name/path/in/it"
+        )
+    return repo, name, f"`{field}: {place}`", INSTEAD
 
 
 def weights_in(folder: Path, field: str) -> list[Path]:
@@ -47,20 +84,18 @@ def sha12(files: Iterable[Path]) -> str:
 
 
 def loading(field: str, identifier: str, load: Callable[[], Loaded]) -> Loaded:
-    """`load()`, any failure of which becomes an InvdpoError that names the config field and what it says.
+    """`load()`, any failure of which becomes an InvdpoError that names the config field and what it says, but for a GPU
+    that is out of memory.
 
     The libraries raise anything from OSError to KeyError for a file that is truncated, of another model or
     not there.
     """
     try:
         return load()
-    except InvdpoError:
+    except (InvdpoError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        raise InvdpoError(
-            f"{field}: cannot load {identifier!r}: {type(error).__name__}: {error}; "
-            "it must be a folder with a complete model, or a hub id when the hub can be reached"
-        ) from error
+        raise hub.explain(error, identifier, field, INSTEAD) from error
 
 
 def finite(scorer: str, scores: Tensor) -> np.ndarray:
