@@ -373,13 +373,21 @@ def plan(
     gpu_memory: Annotated[float | None, typer.Option(min=1, help="GB of one GPU.")] = None,
     gpus: Annotated[int | None, typer.Option(min=1, help="How many GPUs.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of tables.")] = False,
+    save: Annotated[
+        bool, typer.Option("--save", help="Also write the JSON to root/plan.json: time limits for a scheduler's jobs.")
+    ] = False,
 ) -> None:
     """Say what a study will cost, before anything is fetched or trained: jobs, downloads, hours, disk, memory."""
     config = _start(study, 1)
+    from invdpo.files import replace_when_done
     from invdpo.plan import plan as run
-    from invdpo.plan import read_throughput, to_json, to_text
+    from invdpo.plan import read_throughput
+    from invdpo.plan_text import to_json, to_text
 
     found = run(config, read_throughput(throughput) if throughput else None, gpu, gpu_memory, gpus)
+    if save:
+        with replace_when_done(config.root / "plan.json") as temporary:
+            temporary.write_text(to_json(found) + "\n", encoding="utf-8")
     typer.echo(to_json(found) if as_json else to_text(found))
 
 

@@ -2,39 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Module
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from invdpo.backbones.files import text_parts
 from invdpo.config import read_yaml
 
 META = torch.device("meta")
-TOKENS = 77  # of CLIP's text encoders, which every pipeline of the two families has
+
+# The configurations of a pipeline's UNet, its image codec and its text encoders, as diffusers and transformers save
+# them: one text encoder for SD1.5, two for SDXL.
+Configurations = tuple[dict[str, Any], dict[str, Any], Sequence[dict[str, Any]]]
 
 
-def networks(unet: dict[str, Any], vae: dict[str, Any], resolution: int) -> dict[str, int]:
-    """Sizes for images of resolution x resolution, by the networks' configurations as diffusers saves them.
+def networks(
+    unet: dict[str, Any], vae: dict[str, Any], texts: Sequence[dict[str, Any]], resolution: int
+) -> dict[str, int]:
+    """Sizes for images of resolution x resolution, by the networks' configurations.
 
-    unet_parameters, vae_parameters. unet_flops, encode_flops, decode_flops: of the forward pass of one latent or image,
-    a multiplication and an addition counting two. graph_bytes: what a forward pass of one latent keeps for its backward
-    pass, in half precision; checkpointed_bytes: the same with gradient checkpointing, the largest block that is
-    computed again included; double both for fp32. latent_elements: of one latent.
+    unet_parameters, vae_parameters, text_parameters. unet_flops, encode_flops, decode_flops: of the forward pass of one
+    latent or image, a multiplication and an addition counting two. unet_operations: of torch, in that pass of the UNet.
+    graph_bytes: what a forward pass of one latent keeps for its backward pass, in half precision; checkpointed_bytes:
+    the same with gradient checkpointing, the largest block that is computed again included; double both for fp32.
+    latent_elements, caption_elements: of one latent, and of one prompt as the UNet is given it.
     """
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     with META:
         denoiser: Any = Module.to(UNet2DConditionModel.from_config(unet), torch.bfloat16)  # pyright: ignore
         codec: Any = Module.to(AutoencoderKL.from_config(vae), torch.bfloat16)  # pyright: ignore
+        encoders: list[Any] = [
+            kind(CLIPTextConfig(**text))
+            for kind, text in zip((CLIPTextModel, CLIPTextModelWithProjection), texts, strict=False)
+        ]
     side = resolution // 2 ** (len(vae["block_out_channels"]) - 1)
     latent = torch.empty(1, unet["in_channels"], side, side, dtype=torch.bfloat16, device=META)
     picture = torch.empty(1, 3, resolution, resolution, dtype=torch.bfloat16, device=META)
-    inputs = _inputs(unet)
+    inputs, caption = _inputs(unet, texts[0]["max_position_embeddings"])
 
     def denoise() -> Tensor:
         return denoiser(latent, torch.ones(1, device=META), return_dict=False, **inputs)[0]
@@ -45,32 +58,70 @@ def networks(unet: dict[str, Any], vae: dict[str, Any], resolution: int) -> dict
             "encode_flops": _flops(lambda: codec.encode(picture)),
             "decode_flops": _flops(lambda: codec.decode(latent)),
         }
+        with _Operations() as operations:
+            denoise()
     graph = _saved(denoise, denoiser)
     return {
-        "unet_parameters": sum(value.numel() for value in denoiser.parameters()),
-        "vae_parameters": sum(value.numel() for value in codec.parameters()),
+        "unet_parameters": _parameters(denoiser),
+        "vae_parameters": _parameters(codec),
+        "text_parameters": sum(map(_parameters, encoders)),
         **flops,
+        "unet_operations": operations.count,
         "graph_bytes": graph,
         "checkpointed_bytes": _checkpointed(denoise, denoiser),
         "latent_elements": latent.numel(),
+        "caption_elements": caption,
     }
 
 
-def networks_of(folder: Path, resolution: int) -> dict[str, int]:
-    """The same for a pipeline folder."""
-    unet, vae = (read_yaml(folder / part / "config.json") for part in ("unet", "vae"))
-    return networks(unet, vae, resolution)
+def configurations(folder: Path) -> Configurations:
+    """Those of a pipeline folder. Raises InvdpoError for a pipeline of neither family."""
+    texts = [read_yaml(folder / encoder / "config.json") for _, encoder in text_parts(folder)]
+    return read_yaml(folder / "unet" / "config.json"), read_yaml(folder / "vae" / "config.json"), texts
 
 
-def _inputs(unet: dict[str, Any]) -> dict[str, Any]:
-    """Conditioning of one latent: SDXL's UNet also takes a pooled embedding and six numbers on size and crop."""
-    embeds = torch.empty(1, TOKENS, unet["cross_attention_dim"], dtype=torch.bfloat16, device=META)
+def converted(folder: Path) -> Configurations:
+    """Those of what `invdpo world sdxl-layout` makes of a pipeline folder of SD1.5's layout, by its own code on
+    networks without weights."""
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    from invdpo.world.sdxl_layout import extended, widened
+
+    unet, vae, (text,) = configurations(folder)
+    with META:
+        encoder = CLIPTextModel(CLIPTextConfig(**text))
+        wide = [widened(encoder, kind).config.to_dict() for kind in (CLIPTextModel, CLIPTextModelWithProjection)]
+        denoiser: Any = UNet2DConditionModel.from_config(unet)
+        larger = extended(denoiser, wide[1]["projection_dim"])
+    return dict(larger.config), vae, wide
+
+
+def _inputs(unet: dict[str, Any], tokens: int) -> tuple[dict[str, Any], int]:
+    """Conditioning of one latent, and how many numbers a prompt is in it: SDXL's UNet also takes a pooled embedding,
+    and six numbers on size and crop."""
+    embeds = torch.empty(1, tokens, unet["cross_attention_dim"], dtype=torch.bfloat16, device=META)
     if unet.get("addition_embed_type") != "text_time":
-        return {"encoder_hidden_states": embeds}
-    pooled = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
-    added = {"text_embeds": torch.empty(1, pooled, dtype=torch.bfloat16, device=META)}
-    added["time_ids"] = torch.empty(1, 6, dtype=torch.bfloat16, device=META)
-    return {"encoder_hidden_states": embeds, "added_cond_kwargs": added}
+        return {"encoder_hidden_states": embeds}, embeds.numel()
+    width = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
+    pooled = torch.empty(1, width, dtype=torch.bfloat16, device=META)
+    sizes = torch.empty(1, 6, dtype=torch.bfloat16, device=META)
+    inputs = {"encoder_hidden_states": embeds, "added_cond_kwargs": {"text_embeds": pooled, "time_ids": sizes}}
+    return inputs, embeds.numel() + pooled.numel()
+
+
+def _parameters(network: Module) -> int:
+    return sum(value.numel() for value in network.parameters())
+
+
+class _Operations(TorchDispatchMode):
+    """Counts torch's operations."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
 
 
 def _flops(work: Callable[[], object]) -> int:

@@ -6,106 +6,108 @@ them is printed below the tables.
 
 from __future__ import annotations
 
-import json
-import math
-import os
-import re
-import shutil
-import subprocess
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from invdpo.config import read_yaml
 from invdpo.errors import InvdpoError
-from invdpo.lease import devices
-from invdpo.prompts import read_prompts
+from invdpo.machine import GB, Disk, Machine, disk_at, held, machine_for
+from invdpo.plan_sizes import (
+    CUDA_CONTEXT,
+    Download,
+    Networks,
+    Pairs,
+    count_prompts,
+    disk,
+    downloads,
+    evaluation_memory,
+    host_memory,
+    in_half,
+    made_here,
+    networks_of,
+    preference_pairs,
+    sizes,
+    training_memory,
+)
 
 if TYPE_CHECKING:
-    from invdpo.config import ArmConfig, ScorersConfig, StudyConfig
+    from invdpo.config import StudyConfig
+    from invdpo.cost import Spent
 
-SIZES = Path("config/sizes.yaml")
-GB = 1e9
-# Share of a GPU's rated bf16 products that training reaches: the goal of this project's own benchmark is 0.5 of the
-# measured rate; published SDXL-sized training on A100s lies near 0.4.
-EFFICIENCY = 0.4
-# One core of a CPU, fp32: the shapes study on the AMD EPYC of the reference run, 1,500 UNet evaluations a second.
-CORE_TFLOPS = 0.03
-CUDA_CONTEXT = 1.0e9  # bytes: the driver's and the libraries' own
-DECODING = 8.0e9  # bytes of a VAE that decodes `sampling.DECODED_PIXELS` at once in fp32
-OPTIMIZER_BYTES = {"adamw": 8.0, "adamw_8bit": 2.0, "adafactor": 0.02}  # a trained parameter
-LORA_SHARE = 0.01  # of the parameters, at most, for ranks up to 16 in the attention layers
-CPU_HOURS = 100  # of all cores, beyond which a CPU's hours are no plan
+# Seconds that a core takes to decode, resize and turn into numbers a JPEG of one megapixel: measured, 15 to 19 ms.
+DECODE_SECONDS = 0.02
+# Seconds that a GPU waits for each of torch's operations to be asked for, about: what small networks and batches take.
+LAUNCH_SECONDS = 5e-6
 
 
 @dataclass(frozen=True)
-class Machine:
-    """What work is planned for. tflops: of one device, at full rate. memory: GB of one device. kind: gpu or cpu."""
-
-    name: str
-    kind: str
-    devices: int
-    tflops: float
-    memory: float
-    efficiency: float
-
-
-@dataclass(frozen=True)
-class Networks:
-    """Sizes of a pipeline at the study's resolution; see `invdpo.network_size.networks`."""
-
-    unet_parameters: float
-    vae_parameters: float
-    text_parameters: float
-    unet_flops: float
-    encode_flops: float
-    decode_flops: float
-    graph_bytes: float
-    checkpointed_bytes: float
-    latent_elements: float
-    caption_elements: float
-
-
-@dataclass
 class Arm:
-    """One arm, all seeds. evaluations: of the UNet, a backward pass counting two. hours: of one device."""
+    """One arm, all seeds. evaluations: of the UNet, a backward pass counting two. hours: of one device. memory: GB of
+    one device."""
 
+    method: str
     runs: int
     train_evaluations: float
     evaluate_evaluations: float
     train_hours: float
     evaluate_hours: float
-    memory: float
-    gpus: int
+    train_memory: float
+    evaluate_memory: float
+    devices: int
+
+
+@dataclass(frozen=True)
+class Stage:
+    """jobs: of Snakemake. evaluations: of the UNet. hours: of one device."""
+
+    jobs: int
+    evaluations: float
+    hours: float
 
 
 @dataclass
 class Plan:
-    """Everything that is printed. downloads and disk: GB. stages: name -> jobs, evaluations, hours of one device."""
+    """Everything that is printed. disk: GB in the results. memory: GB, the most of any arm."""
 
     study: str
     base: str
     machine: Machine
     evaluations_per_second: float
     jobs: dict[str, int]
-    downloads: dict[str, float | None]
-    stages: dict[str, dict[str, float]]
+    downloads: dict[str, Download]
+    stages: dict[str, Stage]
+    methods: dict[str, Stage]
     arms: dict[str, Arm]
     disk: dict[str, float]
+    disks: list[Disk]
     memory: dict[str, float]
     problems: list[str] = field(default_factory=list)
     assumptions: list[str] = field(default_factory=list)
 
     @property
     def hours(self) -> float:
-        return sum(stage["hours"] for stage in self.stages.values())
+        return sum(stage.hours for stage in self.stages.values())
 
 
-def sizes() -> dict[str, Any]:
-    """config/sizes.yaml, of the package's repository or here."""
-    repository = Path(__file__).resolve().parents[2] / SIZES
-    return read_yaml(repository if repository.is_file() else SIZES)
+@dataclass(frozen=True)
+class Clock:
+    """How long work takes on one device. flops, fp32_flops: a second. launch: seconds an operation."""
+
+    flops: float
+    fp32_flops: float
+    launch: float
+
+    def unet(self, spent: Spent, networks: Networks, half: bool = True, repeats: bool = True) -> float:
+        """Hours of a UNet's passes: of their operations in numbers, or of asking for them where that takes longer."""
+        evaluations = spent.evaluations + (spent.repeated if repeats else 0)
+        work = evaluations * networks.unet_flops / (self.flops if half else self.fp32_flops)
+        return max(work, spent.calls * networks.unet_operations * self.launch) / 3600
+
+    def codec(self, flops: float, half: bool = False) -> float:
+        """Hours of an image codec's passes."""
+        return flops / (self.flops if half else self.fp32_flops) / 3600
 
 
 def plan(
@@ -115,279 +117,137 @@ def plan(
     gpu_memory: float | None = None,
     gpus: int | None = None,
 ) -> Plan:
-    """The plan of a study. throughput: UNet evaluations a second of one device, measured. gpu: a name in
-    config/sizes.yaml; null: this machine's. gpu_memory: GB of one. gpus: how many.
+    """The plan of a study. throughput: UNet evaluations a second of one device, measured, of the study's base. gpu: a
+    name in config/sizes.yaml; null: this machine's. gpu_memory: GB of one. gpus: how many.
 
-    Raises InvdpoError for a base or data set whose size is not known, and for a study that is not valid.
+    Raises InvdpoError for a base whose size is not known, and for a study that is not valid.
     """
     from invdpo import cost
 
-    known, assumptions, problems = sizes(), [], []
-    networks = networks_of(study, known, assumptions)
-    prompts = count_prompts(study, known, assumptions)
-    pairs, data_gb, data_downloads = preference_data(study, known, assumptions)
-    spent = {}
-    for name in study.arms:
-        arm = study.arm(name)
-        seeds = study.seeds if arm.trains else [0]
-        trained = cost.runs(arm, seeds) if arm.trains else cost.NOTHING
-        spent[name] = (len(seeds), trained, len(seeds) * cost.drawing(arm, study.sampling, prompts))
+    known, assumptions = sizes(), []
     settings = study.experiments.inversion_error
-    experiments = cost.inversion_error(settings) if settings else 0
+    networks = networks_of(study, known, assumptions)
+    prompts = count_prompts(study, assumptions)
+    pairs, fetched = preference_pairs(study, known, assumptions)
+    own = _own_networks(study, networks, known, assumptions)
+    arms = {name: study.arm(name) for name in study.arms}
+    seeds = {name: study.seeds if arm.trains else [0] for name, arm in arms.items()}
+    trained = {name: cost.runs(arm, seeds[name]) if arm.trains else cost.NOTHING for name, arm in arms.items()}
+    drawn = {
+        name: cost.drawing(arm, study.with_base_of(name).sampling, prompts).times(len(seeds[name]))
+        for name, arm in arms.items()
+    }
+    tried = cost.inversion_error(settings) if settings else cost.NOTHING
 
-    evaluations = sum(trained.evaluations + drawn for _, trained, drawn in spent.values()) + experiments
-    machine = machine_for(study, known, gpu, gpu_memory, gpus, evaluations * networks.unet_flops, problems)
-    rate = throughput or machine.tflops * 1e12 * machine.efficiency / networks.unet_flops
-    if throughput is None:
-        assumptions.append(
-            f"time: {networks.unet_flops / 1e12:.3g} TFLOP a UNet evaluation (counted from the architecture), at "
-            f"{machine.efficiency:.0%} of {machine.tflops:g} TFLOP/s ({machine.name}): {rate:.3g} evaluations a "
-            "second. Give a measured one: --throughput NUMBER, or a run.json of a finished run."
-        )
-    else:
-        assumptions.append(f"time: {rate:.3g} UNet evaluations a second and device, as given with --throughput")
+    flops = tried.evaluations * networks.unet_flops
+    flops += sum((trained[name].evaluations + drawn[name].evaluations) * own[name].unet_flops for name in arms)
+    machine, problems = machine_for(known["gpus"], study.device == "cpu", gpu, gpu_memory, gpus, flops)
+    half = study.precision != "fp32"
+    clock = _clock(machine, networks, throughput, half)
+    assumptions.append(_speed(machine, networks, throughput, half))
 
-    def hours(evaluations: float, flops: float = 0.0) -> float:
-        return (evaluations + flops / networks.unet_flops) / rate / 3600
-
-    arms = {}
-    for name, (runs, trained, drawn) in spent.items():
-        arm = study.arm(name)
-        images = runs * prompts * (len(arm.training.grid) if arm.trains else 1)
-        arms[name] = Arm(
-            runs,
-            trained.evaluations,
-            drawn,
+    found = {}
+    for name, arm in arms.items():
+        seen = study.with_base_of(name)
+        images = len(seeds[name]) * prompts * (len(arm.training.grid) if arm.trains else 1)
+        memory = 0.0
+        if arm.trains:
+            memory = training_memory(arm, own[name], cost.held(arm), machine.kind)
+        decoding = clock.codec(images * own[name].decode_flops, in_half(seen, known, machine.kind))
+        found[name] = Arm(
+            method=arm.method if arm.weights is None else f"{arm.method}, published weights",
+            runs=len(seeds[name]),
+            train_evaluations=trained[name].evaluations,
+            evaluate_evaluations=drawn[name].evaluations,
             # A measured rate has in it what a run of its kind does twice.
-            hours(trained.evaluations + (trained.repeated if throughput is None else 0)),
-            hours(drawn, images * networks.decode_flops),
-            training_memory(arm, networks, machine.kind) / GB if arm.trains else 0.0,
-            arm.training.processes if arm.trains else 1,
+            train_hours=clock.unet(trained[name], own[name], half, repeats=throughput is None),
+            evaluate_hours=clock.unet(drawn[name], own[name], half) + decoding,
+            train_memory=memory / GB,
+            evaluate_memory=evaluation_memory(seen, arm, own[name], known, machine.kind) / GB,
+            devices=arm.training.processes if arm.trains else 1,
         )
     stages = {
-        "preferences": {"jobs": 1, "evaluations": 0, "hours": hours(0, 2 * pairs * networks.encode_flops)},
-        "train": {
-            "jobs": len(arms),
-            "evaluations": sum(arm.train_evaluations for arm in arms.values()),
-            "hours": sum(arm.train_hours for arm in arms.values()),
-        },
-        "evaluate": {
-            "jobs": len(arms),
-            "evaluations": sum(arm.evaluate_evaluations for arm in arms.values()),
-            "hours": sum(arm.evaluate_hours for arm in arms.values()),
-        },
+        "preferences": Stage(int(pairs.count > 0), 0, _encoding(study, pairs, networks, clock)),
+        "train": _sum((arm.train_evaluations, arm.train_hours) for arm in found.values()),
+        "evaluate": _sum((arm.evaluate_evaluations, arm.evaluate_hours) for arm in found.values()),
     }
-    if settings:
-        stages["inversion_error"] = {"jobs": 1, "evaluations": experiments, "hours": hours(experiments)}
-    memory = {
-        "train": max((arm.memory for arm in arms.values()), default=0.0),
-        "evaluate": evaluation_memory(study, networks, known, machine.kind) / GB,
-    }
-    problems += misfits(study, arms, memory, machine)
-    uncounted = [name for name in study.experiments.measured if name != "inversion_error"]
-    assumptions += [
-        "memory: fp32 weights of policy and base (also the reference, where it is not another), gradients and "
-        "optimizer; half-precision copies and activations of a pass with graph as counted from the architecture; "
-        f"{CUDA_CONTEXT / GB:g} GB for CUDA. Scoring models are beside the UNet in evaluation.",
-        "evaluations: a forward pass of one latent counts 1, its backward pass 2; what gradient checkpointing computes "
-        "again is in the hours alone; inversions as if none were kept "
-        "(trajectory_cache_gb); scoring models and text encoders take no time here.",
-        f"hours are of one {'GPU' if machine.kind == 'gpu' else 'core'}; a failed or repeated job is not in them.",
-    ]
-    if uncounted:
-        assumptions.append(f"not counted: experiments {', '.join(uncounted)}")
-    return Plan(
+    if settings:  # in fp32, as all experiments
+        stages["inversion_error"] = Stage(1, tried.evaluations, clock.unet(tried, networks, half=False))
+    stored = disk(study, own, pairs, prompts, machine.devices)
+    wanted = fetched | downloads(study, own, known)
+    words = f"of a {'GPU' if machine.kind == 'gpu' else 'job'}"
+    result = Plan(
         study=study.study,
         base=study.base,
         machine=machine,
-        evaluations_per_second=rate,
-        jobs=count_jobs(study),
-        downloads=downloads(study, networks, known) | data_downloads,
-        stages=stages,
-        arms=arms,
-        disk=disk(study, networks, pairs, prompts, data_gb),
-        memory=memory,
+        evaluations_per_second=(clock.flops if half else clock.fp32_flops) / networks.unet_flops,
+        jobs=({"base": 1} if made_here(study.base, known) else {}) | count_jobs(study),
+        downloads=wanted,
+        stages={name: stage for name, stage in stages.items() if stage.jobs},
+        methods=_methods(found),
+        arms=found,
+        disk=stored,
+        disks=_disks(study, stored, wanted),
+        memory={
+            f"{words}, training": max(arm.train_memory for arm in found.values()),
+            f"{words}, sampling and scoring": max(arm.evaluate_memory for arm in found.values()),
+            "of the machine, beside a device": max(
+                host_memory(arm, own[name], machine.kind) / found[name].devices / GB for name, arm in arms.items()
+            ),
+        },
         problems=problems,
-        assumptions=assumptions,
+        assumptions=assumptions + _assumptions(study, pairs, machine, throughput),
     )
+    result.problems += [*_too_large_for_devices(study, result), *_too_large_for_disks(study, result)]
+    return result
 
 
-def networks_of(study: StudyConfig, known: dict[str, Any], assumptions: list[str]) -> Networks:
-    """Sizes of the study's base at its resolution: of a folder counted from its configuration, else as known."""
-    resolution = study.training.resolution
-    folder = Path(study.base)
-    if folder.is_dir():
-        from invdpo.network_size import networks_of as count
-
-        text = sum(path.stat().st_size for path in folder.glob("text_encoder*/*.safetensors")) / 4
-        width = read_yaml(folder / "unet" / "config.json")["cross_attention_dim"]
-        return Networks(**count(folder, resolution), text_parameters=text, caption_elements=77 * width)
-    for entry in known["pipelines"].values():
-        if study.base in entry["ids"]:
-            return scaled(entry, resolution, assumptions)
-    names = ", ".join(name for entry in known["pipelines"].values() for name in entry["ids"])
-    raise InvdpoError(
-        f"`base: {study.base}` is no folder here, and its size is not known. Known are {names}; add it to {SIZES} "
-        "(same architecture: to the `ids` of one), or make or download it first."
-    )
+def _own_networks(
+    study: StudyConfig, networks: Networks, known: dict[str, Any], assumptions: list[str]
+) -> dict[str, Networks]:
+    """The networks of each arm: those of the study's base, or of the arm's own."""
+    found: dict[str | None, Networks] = {None: networks}
+    for name, entry in study.arms.items():
+        if entry.base not in found:
+            found[entry.base] = networks_of(study.with_base_of(name), known, assumptions)
+    return {name: found[entry.base] for name, entry in study.arms.items()}
 
 
-def scaled(entry: dict[str, Any], resolution: int, assumptions: list[str]) -> Networks:
-    """A known pipeline's sizes at another resolution: what grows with the pixels is taken to grow as they do."""
-    values = {key: float(value) for key, value in entry.items() if key not in ("ids", "resolution")}
-    if resolution != entry["resolution"]:
-        factor = (resolution / entry["resolution"]) ** 2
-        for key in values:
-            if not key.endswith("parameters") and key != "caption_elements":
-                values[key] *= factor
-        assumptions.append(
-            f"resolution {resolution}: operations and activations are those of {entry['resolution']} times "
-            f"{factor:.3g}, the ratio of pixels (attention grows faster)"
+def _clock(machine: Machine, networks: Networks, throughput: float | None, half: bool) -> Clock:
+    """throughput: of passes in half precision, or in fp32."""
+    ratio = machine.fp32_tflops / machine.tflops
+    if throughput is None:
+        flops = machine.tflops * 1e12 * machine.efficiency
+        return Clock(flops, flops * ratio, LAUNCH_SECONDS if machine.kind == "gpu" else 0.0)
+    measured = throughput * networks.unet_flops
+    return Clock(measured, measured * ratio, 0.0) if half else Clock(measured / ratio, measured, 0.0)
+
+
+def _encoding(study: StudyConfig, pairs: Pairs, networks: Networks, clock: Clock) -> float:
+    """Hours of the preparation: the codec waits for images, or encodes while other processes decode the next ones."""
+    encode = clock.codec(2 * pairs.count * networks.encode_flops)
+    decode = 2 * pairs.count * pairs.megapixels * DECODE_SECONDS / 3600
+    workers = study.data.workers
+    return max(encode, decode / workers) if workers else encode + decode
+
+
+def _sum(parts: Iterable[tuple[float, float]]) -> Stage:
+    """A job for each part, of its evaluations and hours."""
+    evaluations, hours = zip(*parts, strict=True)
+    return Stage(len(hours), sum(evaluations), sum(hours))
+
+
+def _methods(arms: dict[str, Arm]) -> dict[str, Stage]:
+    """Method -> what training and evaluating all its arms take."""
+    names = dict.fromkeys(arm.method for arm in arms.values())
+    return {
+        name: _sum(
+            (arm.train_evaluations + arm.evaluate_evaluations, arm.train_hours + arm.evaluate_hours)
+            for arm in arms.values()
+            if arm.method == name
         )
-    return Networks(**values)
-
-
-def count_prompts(study: StudyConfig, known: dict[str, Any], assumptions: list[str]) -> int:
-    """How many prompts a checkpoint is sampled on."""
-    limit = study.sampling.prompts
-    if Path(study.prompts).is_file():
-        return len(read_prompts(study.prompts, limit))
-    found = known["prompts"].get(study.prompts)
-    if found is None:
-        found = limit or 500
-        assumptions.append(f"prompts: `{study.prompts}` is no file here; {found} are assumed")
-    return min(found, limit or found)
-
-
-def preference_data(
-    study: StudyConfig, known: dict[str, Any], assumptions: list[str]
-) -> tuple[int, float, dict[str, float | None]]:
-    """Pairs to encode, GB of the files that hold them, and what of that is downloaded."""
-    if Path(study.preferences).exists():
-        from invdpo.preferences.plan import make_plan
-
-        found = make_plan(study)
-        return found.pairs, 0.0, {}
-    name = study.preferences.partition(":")[0]
-    entry = known["datasets"].get(name)
-    if entry is None:
-        entry = next(iter(known["datasets"].values()))
-        assumptions.append(f"preferences: the size of `{name}` is not known; it is taken for Pick-a-Pic v2's")
-    each = entry["decided"] / entry["files"]
-    draws = study.draws
-    if study.samples_pairs:
-        wanted = study.data.shards if isinstance(study.data.shards, int) else math.ceil(sum(draws.values()) / each)
-    else:
-        wanted = entry["files"]
-    files = max(1, min(entry["files"], wanted))
-    rows = files * each
-    missed = math.prod(1 - min(1.0, count / rows) for count in draws.values())
-    pairs = round(rows * (1 - missed)) if study.samples_pairs else round(rows)
-    gb = entry["gb"] * files / entry["files"]
-    assumptions.append(f"preferences: {files} of {entry['files']} files, {pairs:,} pairs, by the data set's mean file")
-    return pairs, gb, {f"preferences: {name} ({files} files)": gb}
-
-
-def downloads(study: StudyConfig, networks: Networks, known: dict[str, Any]) -> dict[str, float | None]:
-    """What is fetched -> GB; None where that is not known. What lies here already is not in it."""
-    found: dict[str, float | None] = {}
-    if not Path(study.base).is_dir():
-        width = 2 if study.variant in ("fp16", "bf16") else 4
-        parameters = networks.unet_parameters + networks.text_parameters
-        if study.vae is None:
-            parameters += networks.vae_parameters
-        found[f"base: {study.base}"] = parameters * width / GB
-    if study.vae is not None and not Path(study.vae).exists():
-        found[f"vae: {study.vae}"] = known["files"].get(study.vae)
-    for place in scorer_places(study.scorers):
-        if not Path(place.removeprefix("local-dir:")).exists():
-            found[f"scorer: {place}"] = known["files"].get(place, known["files"].get(Path(place).name))
-    return found
-
-
-def scorer_places(scorers: ScorersConfig) -> list[str]:
-    """Every file, folder or id that the scorers read weights from, each once."""
-    places: list[str] = []
-    for name in type(scorers).model_fields:
-        settings = getattr(scorers, name)
-        if settings is None or name == "oracle":
-            continue
-        values = settings.model_dump()
-        if name == "imagereward":
-            places.append(values["checkpoint"] or "ImageReward.pt")
-            continue
-        model, pretrained = values["model"], values.get("pretrained")
-        if checkpoint := values.get("checkpoint"):
-            places.append(checkpoint)  # `model` is then an architecture
-        else:
-            places.append(f"{model}:{pretrained}" if pretrained else model)
-        if tower := values.get("tower"):
-            places.append(tower)
-    return list(dict.fromkeys(places))
-
-
-def training_memory(arm: ArmConfig, networks: Networks, kind: str) -> float:
-    """Bytes on one device while the arm trains."""
-    training, recipe, parameters = arm.training, arm.recipe, networks.unet_parameters
-    mixed = kind == "gpu" and arm.identity["precision"] != "fp32"  # half-precision passes over fp32 weights
-    if training.lora is None:
-        trained = parameters
-        weights = 8 * parameters  # policy and base
-        if recipe.calls_reference and recipe.reference_dtype != "float32" and mixed:
-            weights += 2 * parameters
-        if training.reference_offload:
-            weights -= 4 * parameters
-    else:
-        trained = LORA_SHARE * parameters
-        weights = 4 * parameters + 4 * trained
-    held = weights + trained * (4 + OPTIMIZER_BYTES[training.optimizer]) + (2 * parameters if mixed else 0)
-    latents = latents_with_graph(arm)
-    each = networks.checkpointed_bytes if training.gradient_checkpointing else networks.graph_bytes
-    working = latents * each * (1 if mixed else 2)
-    if training.reference_offload:
-        working = max(working, 4 * parameters)  # the reference comes before the graph
-    return held + working + (CUDA_CONTEXT if kind == "gpu" else 0)
-
-
-def latents_with_graph(arm: ArmConfig) -> int:
-    """Latents whose graph is alive at once."""
-    training, recipe = arm.training, arm.recipe
-    sides = 1 if recipe.loss.kind == "winner_only" else 2
-    points = {"single": 1, "subset": recipe.subset_size, "all": recipe.trajectory.steps}[recipe.timesteps] or 1
-    together = sides * points * training.pairs_a_pass(training.processes)
-    return min(together, training.chunk or together)
-
-
-def evaluation_memory(study: StudyConfig, networks: Networks, known: dict[str, Any], kind: str) -> float:
-    """Bytes on one device while checkpoints are sampled and scored: all networks in fp32, and the decoder at work."""
-    scorers = sum(
-        known["files"].get(place, known["files"].get(Path(place).name)) or 0 for place in scorer_places(study.scorers)
-    )
-    networks_bytes = 4 * (networks.unet_parameters + networks.text_parameters + networks.vae_parameters)
-    decoding = DECODING if kind == "gpu" else 0.0
-    return networks_bytes + scorers * GB + decoding + (CUDA_CONTEXT if kind == "gpu" else 0)
-
-
-def disk(study: StudyConfig, networks: Networks, pairs: int, prompts: int, data_gb: float) -> dict[str, float]:
-    """What -> GB in results/, and the files of the preferences."""
-    width = 4 if study.data.storage == "float32" else 2
-    arms = [study.arm(name) for name in study.arms]
-    trained = [arm for arm in arms if arm.trains]
-    checkpoints = sum(len(study.seeds) * len(arm.training.grid) for arm in trained)
-    state = max(
-        (4 + OPTIMIZER_BYTES[arm.training.optimizer] for arm in trained if arm.training.lora is None), default=0
-    )
-    runs = sum(len(study.seeds) if arm.trains else 1 for arm in arms)
-    pixels = study.training.resolution**2
-    found = {
-        "preference files": data_gb,
-        "latents and embeddings": pairs * width * (4 * networks.latent_elements + networks.caption_elements) / GB,
-        f"checkpoints ({checkpoints})": checkpoints * 4 * networks.unet_parameters / GB,
-        "state of a run while it trains": state * networks.unet_parameters / GB,
-        "images": runs * prompts * pixels * 3 / 2 / GB,  # PNG: half of the pixels' bytes
-        "kept inversions, at most": study.trajectory_cache_gb or 0.0,
+        for name in names
     }
-    return {name: gb for name, gb in found.items() if gb > 0}
 
 
 def count_jobs(study: StudyConfig) -> dict[str, int]:
@@ -407,88 +267,139 @@ def count_jobs(study: StudyConfig) -> dict[str, int]:
     }
 
 
-def machine_for(
-    study: StudyConfig,
-    known: dict[str, Any],
-    gpu: str | None,
-    gpu_memory: float | None,
-    gpus: int | None,
-    flops: float,
-    problems: list[str],
-) -> Machine:
-    """The machine that is named, or this one; an A100 stands in for a machine without GPUs that would take for ever."""
-    here = None if study.device == "cpu" else this_gpu()
-    name = gpu or (here[0] if here else None)
-    if name is None and gpu_memory is None:
-        cores = len(os.sched_getaffinity(0))
-        if flops / (cores * CORE_TFLOPS * 1e12) / 3600 < CPU_HOURS:
-            memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GB
-            return Machine("this machine's CPU", "cpu", cores, CORE_TFLOPS, memory, 1.0)
+def _disks(study: StudyConfig, stored: dict[str, float], wanted: dict[str, Download]) -> list[Disk]:
+    """The disks under the results and under the hub's cache; what the results hold already is room for the rest."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    needed = max(0.0, sum(stored.values()) - held(study.root))
+    fetched = sum(download.bound for download in wanted.values())
+    return [disk_at(f"{study.root}/", study.root, needed), disk_at("the hub's cache", Path(HF_HUB_CACHE), fetched)]
+
+
+def _too_large_for_devices(study: StudyConfig, found: Plan) -> list[str]:
+    """What the machine's GPUs and memory are too small or too few for, a sentence each."""
+    from invdpo.training.loop import remedies
+    from invdpo.training.ranks import Ranks
+
+    machine, problems = found.machine, []
+    if machine.kind == "gpu":
+        have = f"the {machine.memory:.3g} GB of {machine.name}"
+        large = {name: arm.train_memory for name, arm in found.arms.items() if arm.train_memory > machine.memory}
+        if large:
+            worst = max(large, key=lambda name: large[name])
+            ways = remedies(study.arm(worst), Ranks(size=found.arms[worst].devices))
+            steps = "; ".join(f"({number}) {way}" for number, way in enumerate(ways, start=1))
+            others = f", as {len(large) - 1} more arms do" if len(large) > 1 else ""
+            problems.append(
+                f"Training `{worst}` needs about {large[worst]:.3g} GB on each GPU{others}, more than {have}: the "
+                f"study does not fit. In the order that helps most: {steps}."
+            )
+        scored = max(arm.evaluate_memory for arm in found.arms.values())
+        if scored > machine.memory:
+            problems.append(
+                f"Sampling and scoring need about {scored:.3g} GB, more than {have}: the study does not fit. Lower "
+                f"`sampling.batch` (now {study.sampling.batch}), or take fewer `scorers` at a time."
+            )
+        most = max(arm.devices for arm in found.arms.values())
+        if most > machine.devices:
+            problems.append(
+                f"An arm trains with {most} processes, one a GPU, and there are {machine.devices}: the study does not "
+                f"fit. Set `training.processes` to at most {machine.devices}."
+            )
+    beside = list(found.memory.values())[-1]
+    job = beside if machine.kind == "gpu" else beside + max(list(found.memory.values())[:-1])
+    if machine.ram is not None and machine.devices * job > machine.ram:
         problems.append(
-            f"This machine has no GPU, and its {cores} CPU cores would take "
-            f"{flops / (cores * CORE_TFLOPS * 1e12) / 86400:,.0f} days: the study does not fit it. What follows is for "
-            "A100 GPUs with 80 GB; --gpu NAME, --gpu-memory GB and --gpus N plan for others."
+            f"{machine.devices} jobs at a time need about {machine.devices * job:.3g} GB of memory, and the machine "
+            f"has {machine.ram:.3g}: the study does not fit. Run fewer at a time: "
+            f"--{'resources gpu' if machine.kind == 'gpu' else 'cores'}={max(1, int(machine.ram / job))}."
         )
-    name = name or "A100 80GB"
-    entry = next((entry for key, entry in known["gpus"].items() if _plain(key) in _plain(name)), None)
-    if entry is None:
-        if gpu is not None:
-            raise InvdpoError(f"--gpu {gpu}: not known. Known are {', '.join(known['gpus'])}; add it to {SIZES}.")
-        entry = known["gpus"]["A100 80GB"]
+    return problems
+
+
+def _too_large_for_disks(study: StudyConfig, found: Plan) -> list[str]:
+    """Disks without the room that is needed, a sentence each."""
+    problems = []
+    for number in dict.fromkeys(place.device for place in found.disks):
+        shared = [place for place in found.disks if place.device == number]
+        free = shared[0].free
+        if sum(place.needed for place in shared) <= free:
+            continue
+        where = " and ".join(f"{_gb(place.needed)} GB in {place.name}" for place in shared if place.needed)
+        ways = "; ".join(_disk_remedies(study, found))
         problems.append(
-            f"The speed of {name} is not known: an A100's is used. Add it to {SIZES}, or give --throughput."
+            f"Disk: {where} are needed, and {_gb(free)} GB are free there: the study does not fit. Make room, or: "
+            f"{ways}."
         )
-    memory = gpu_memory or (here[1] if here and gpu is None else entry["memory"])
-    return Machine(
-        name, "gpu", gpus or (len(devices()) if here and gpu is None else 1), entry["tflops"], memory, EFFICIENCY
+    return problems
+
+
+def _disk_remedies(study: StudyConfig, found: Plan) -> list[str]:
+    """What makes a study take less disk, the largest part first."""
+    latents = found.disk.get("latents and embeddings", 0.0)
+    checkpoints = sum(gb for name, gb in found.disk.items() if name.startswith("checkpoints"))
+    fetched = sum(download.bound for download in found.downloads.values())
+    ways = [(checkpoints, f"keep fewer `training.checkpoints`, or take fewer `seeds` ({_gb(checkpoints)} GB)")]
+    if latents and study.data.storage == "float32":
+        ways.append((latents, f"`data.storage: float16` (half of {_gb(latents)} GB)"))
+    if latents:
+        arms = [study.arm(name) for name in study.arms]
+        most = max((arm for arm in arms if arm.trains), key=lambda arm: arm.training.steps * arm.training.batch)
+        drawn = most.training.steps * most.training.batch
+        ways.append(
+            (latents / 2, f"fewer pairs (`{most.name}` draws {drawn:,} of them), or a number of files: `data.shards`")
+        )
+    ways.append((fetched, "HF_HOME on another disk, for the hub's cache"))
+    return [way for gb, way in sorted(ways, reverse=True) if gb > 0]
+
+
+def _gb(value: float) -> str:
+    return f"{float(f'{value:.3g}'):,.10g}"
+
+
+def _speed(machine: Machine, networks: Networks, throughput: float | None, half: bool) -> str:
+    """Where the hours come from."""
+    if throughput is not None:
+        return f"time: {throughput:.3g} UNet evaluations a second and device, as given with --throughput"
+    rated = machine.tflops if half else machine.fp32_tflops
+    rate = rated * 1e12 * machine.efficiency / networks.unet_flops
+    text = (
+        f"time: {networks.unet_flops / 1e12:.3g} TFLOP a UNet evaluation (counted from the architecture), at "
+        f"{machine.efficiency:.0%} of {rated:g} TFLOP/s ({machine.name}): {rate:.3g} evaluations a second"
     )
+    if machine.kind == "gpu":
+        text += (
+            f", but no faster than {LAUNCH_SECONDS * 1e6:g} microseconds for each of the "
+            f"{networks.unet_operations:,.0f} operations of a call"
+        )
+    return f"{text}. Give a measured rate: --throughput NUMBER, or the run.json of a finished run."
 
 
-def _plain(name: str) -> str:
-    return re.sub(r"[^a-z0-9]", "", name.lower())
-
-
-def this_gpu() -> tuple[str, float] | None:
-    """Name and GB of this machine's first GPU, by nvidia-smi; None where there is none."""
-    if not devices() or shutil.which("nvidia-smi") is None:
-        return None
-    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
-    lines = subprocess.run(query, capture_output=True, text=True, check=False).stdout.splitlines()
-    if not lines:
-        return None
-    name, _, mebibytes = lines[0].rpartition(",")
-    return name.strip(), float(mebibytes) * 2**20 / GB
-
-
-def misfits(study: StudyConfig, arms: dict[str, Arm], memory: dict[str, float], machine: Machine) -> list[str]:
-    """What the machine is too small for, a sentence each."""
+def _assumptions(study: StudyConfig, pairs: Pairs, machine: Machine, throughput: float | None) -> list[str]:
+    """What the numbers rest on, and what is not in them."""
     found = []
-    have = f"{machine.memory:.3g} GB of {machine.name}"
-    worst = max(arms, key=lambda name: arms[name].memory)
-    if arms[worst].memory > machine.memory:
-        remedies = []
-        training = study.arm(worst).training
-        if not training.gradient_checkpointing:
-            remedies.append("gradient_checkpointing: true")
-        if latents_with_graph(study.arm(worst)) > 1:
-            remedies.append("a smaller chunk")
-        if training.optimizer == "adamw":
-            remedies.append("optimizer: adafactor")
-        if training.lora is None and not training.reference_offload:
-            remedies.append("reference_offload: true")
-        advice = f" Try {', '.join(remedies)} in `training`." if remedies else " Take a larger GPU, or lora."
-        others = sum(arm.memory > machine.memory for arm in arms.values()) - 1
+    if pairs.count:
+        workers, share = study.data.workers, machine.fp32_tflops / machine.tflops
+        how = f"by {workers} processes beside it" if workers else "between its batches, by the process that runs it"
         found.append(
-            f"Training `{worst}`{f' and {others} more' if others else ''} needs about {arms[worst].memory:.3g} GB on "
-            f"each GPU, more than the {have}: the study does not fit.{advice}"
+            f"preparation: the codec in fp32 ({share:.3g} of the rate), and {DECODE_SECONDS:g} s of a core to decode "
+            f"an image of a megapixel, {how} (`data.workers: {workers}`); scoring pairs for methods that weight them "
+            "is not counted"
         )
-    if memory["evaluate"] > machine.memory:
-        found.append(f"Sampling and scoring need about {memory['evaluate']:.3g} GB, more than the {have}.")
-    most = max(arm.gpus for arm in arms.values())
-    if machine.kind == "gpu" and most > machine.devices:
-        found.append(
-            f"An arm trains with {most} processes, one a GPU, and there are {machine.devices}: it does not fit."
-        )
+    uncounted = [name for name in study.experiments.measured if name != "inversion_error"]
+    found += [
+        "evaluations: a forward pass of one latent counts 1, its backward pass 2"
+        + ("; what gradient checkpointing computes again is in the hours alone" if throughput is None else "")
+        + "; inversions as if none were kept (trajectory_cache_gb)",
+        "not in the hours: scoring the images, text encoders, loading and saving, a failed or repeated job"
+        + "".join(f", experiment {name}" for name in uncounted),
+        "memory: fp32 weights of policy and base (also the reference, where it is not another), gradients and "
+        "optimizer; weights in half precision and activations of the latents whose graph is alive at once, as the "
+        f"training code keeps them; {CUDA_CONTEXT / GB:g} GB for CUDA; in evaluation the scorers beside the UNet. "
+        "Fragments of memory, and what cuDNN takes to work in, are not counted",
+        "downloads: as if the hub's cache were empty; weights whose size is not known as the base's UNet in fp32, the "
+        "most that they can be",
+    ]
     return found
 
 
@@ -508,70 +419,3 @@ def read_throughput(text: str) -> float:
     if not value > 0:
         raise InvdpoError(f"--throughput {text}: it must be positive.")
     return value
-
-
-def to_json(found: Plan) -> str:
-    """The plan as JSON text."""
-    return json.dumps(asdict(found) | {"hours": found.hours}, indent=2)
-
-
-def to_text(found: Plan) -> str:
-    """The plan as tables for a terminal."""
-    machine = found.machine
-    unit = "GPU" if machine.kind == "gpu" else "core"
-    count = f"{machine.devices} {unit}{'s' if machine.devices > 1 else ''}"
-    lines = [f"{found.study}: {found.base}, planned for {count}, {machine.name} ({machine.memory:.3g} GB)", ""]
-    lines += [f"!! {problem}" for problem in found.problems] + [""] * bool(found.problems)
-    lines += _table(["jobs", ""], [[name, str(count)] for name, count in found.jobs.items()], sum(found.jobs.values()))
-    known = [gb for gb in found.downloads.values() if gb is not None]
-    rows = [[name, "?" if gb is None else _number(gb)] for name, gb in found.downloads.items()]
-    lines += _table(["downloads", "GB"], rows, _number(sum(known))) if rows else ["downloads: none", ""]
-    rows = [[name, _number(stage["evaluations"]), _number(stage["hours"])] for name, stage in found.stages.items()]
-    total = [_number(sum(stage["evaluations"] for stage in found.stages.values())), _number(found.hours)]
-    lines += _table(["stage", "UNet evaluations", f"{unit}-hours"], rows, *total)
-    rows = [
-        [name, str(arm.runs), _number(arm.train_evaluations), _number(arm.train_hours)]
-        + [_number(arm.evaluate_hours), _number(arm.memory), str(arm.gpus)]
-        for name, arm in found.arms.items()
-    ]
-    lines += _table(["method", "runs", "UNet evaluations", "train h", "evaluate h", "GB a device", "devices"], rows)
-    rows = [[name, _number(gb)] for name, gb in found.disk.items()]
-    lines += _table(["disk", "GB"], rows, _number(sum(found.disk.values())))
-    lines += _table(
-        [f"memory a {'GPU' if unit == 'GPU' else 'job'}", "GB"], [[k, _number(v)] for k, v in found.memory.items()]
-    )
-    lines += [f"With {count} at work all the time: {_duration(found.hours / machine.devices)}.", "", "Assumptions"]
-    lines += [f"- {text}" for text in found.assumptions]
-    return "\n".join(lines)
-
-
-def _table(head: list[str], rows: Iterable[list[str]], *total: object) -> list[str]:
-    """A table with its first column to the left and numbers to the right, a total below, and an empty line."""
-    body = [head, *rows]
-    if total:
-        body.append(["total", *map(str, total)])
-    widths = [max(len(row[i]) for row in body) for i in range(len(head))]
-    lines = [
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in body
-    ]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return [*(line.rstrip() for line in lines), ""]
-
-
-def _number(value: float) -> str:
-    """Three digits of what is estimated; large numbers in full thousands, millions and so on."""
-    if value == 0:
-        return "0"
-    for limit, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
-        if value >= limit:
-            return f"{value / limit:.3g} {unit}"
-    return f"{float(f'{value:.3g}'):,.10g}"
-
-
-def _duration(hours: float) -> str:
-    if hours < 1:
-        return f"{60 * hours:.2g} minutes"
-    return f"{hours:.3g} hours" if hours < 48 else f"{float(f'{hours / 24:.3g}'):,.10g} days"

@@ -1,0 +1,339 @@
+"""How large a study's parts are: networks, files to download, memory, disk. `invdpo.plan` says what they add up to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from invdpo.config import read_yaml
+from invdpo.errors import InvdpoError
+from invdpo.machine import GB
+from invdpo.prompts import PROMPT_SETS, read_prompts
+
+if TYPE_CHECKING:
+    from invdpo.config import ArmConfig, ScorersConfig, StudyConfig
+    from invdpo.cost import Held
+
+SIZES = Path("config/sizes.yaml")
+CUDA_CONTEXT = 1.0e9  # bytes: the driver's and the libraries' own
+DECODING = 8.0e9  # bytes of a VAE that decodes `sampling.DECODED_PIXELS` at once in fp32; half of that in fp16
+OPTIMIZER_BYTES = {"adamw": 8.0, "adamw_8bit": 2.0, "adafactor": 0.02}  # a trained parameter
+LORA_SHARE = 0.01  # of the parameters, at most, for ranks up to 16 in the attention layers
+SUMMED = 2 * 4 * 2**25  # bytes: a bucket of gradients that processes sum, and its place in the network (training.ranks)
+PROGRAM = 3.0e9  # bytes of a job's memory for Python, the libraries and CUDA's, a CPU's job a third of that
+
+
+@dataclass(frozen=True)
+class Networks:
+    """Sizes of a pipeline at a resolution; see `invdpo.network_size.networks`."""
+
+    unet_parameters: float
+    vae_parameters: float
+    text_parameters: float
+    unet_flops: float
+    unet_operations: float
+    encode_flops: float
+    decode_flops: float
+    graph_bytes: float
+    checkpointed_bytes: float
+    latent_elements: float
+    caption_elements: float
+
+
+@dataclass(frozen=True)
+class Download:
+    """gb: None where it is not known; at_most is then what it cannot be more than, or None."""
+
+    gb: float | None
+    at_most: float | None = None
+
+    @property
+    def bound(self) -> float:
+        """The most that is known of it."""
+        return self.gb or self.at_most or 0.0
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The preference pairs of a study. count: how many are encoded. gb: of the files that hold them, where they are
+    downloaded. megapixels: of one image as it comes."""
+
+    count: int = 0
+    gb: float = 0.0
+    megapixels: float = 0.0
+
+
+def sizes() -> dict[str, Any]:
+    """config/sizes.yaml, of the package's repository or here."""
+    repository = Path(__file__).resolve().parents[2] / SIZES
+    return read_yaml(repository if repository.is_file() else SIZES)
+
+
+def made_here(base: str, known: dict[str, Any]) -> bool:
+    """Whether a rule makes that base, and has not made it yet."""
+    return base in known["converted"] and not Path(base).is_dir()
+
+
+def networks_of(study: StudyConfig, known: dict[str, Any], assumptions: list[str]) -> Networks:
+    """Sizes of the study's base at its resolution: of a folder counted from its configuration, of one that a rule makes
+    from that of its original, else as known.
+
+    Raises InvdpoError for a base that is none of these.
+    """
+    from invdpo import network_size
+
+    resolution, folder = study.training.resolution, Path(study.base)
+    if made_here(study.base, known):
+        found = network_size.converted(Path(known["converted"][study.base]))
+        return Networks(**network_size.networks(*found, resolution))
+    if folder.is_dir():
+        return Networks(**network_size.networks(*network_size.configurations(folder), resolution))
+    for entry in known["pipelines"].values():
+        if study.base in entry["ids"]:
+            return scaled(entry, resolution, assumptions)
+    names = ", ".join(name for entry in known["pipelines"].values() for name in entry["ids"])
+    raise InvdpoError(
+        f"`base: {study.base}` is no folder here, and its size is not known. Known are {names}; add it to {SIZES} "
+        "(same architecture: to the `ids` of one), or make or download it first."
+    )
+
+
+def scaled(entry: dict[str, Any], resolution: int, assumptions: list[str]) -> Networks:
+    """A known pipeline's sizes at another resolution: what grows with the pixels is taken to grow as they do."""
+    values = {key: float(value) for key, value in entry.items() if key not in ("ids", "resolution")}
+    if resolution != entry["resolution"]:
+        factor = (resolution / entry["resolution"]) ** 2
+        for key in values:
+            if not key.endswith("parameters") and key not in ("caption_elements", "unet_operations"):
+                values[key] *= factor
+        assumptions.append(
+            f"resolution {resolution}: operations and activations are those of {entry['resolution']} times "
+            f"{factor:.3g}, the ratio of pixels (attention grows faster)"
+        )
+    return Networks(**values)
+
+
+def count_prompts(study: StudyConfig, assumptions: list[str]) -> int:
+    """How many prompts a checkpoint is sampled on."""
+    limit = study.sampling.prompts
+    if study.prompts in PROMPT_SETS:
+        found = PROMPT_SETS[study.prompts].count
+        return min(found, limit or found)
+    if Path(study.prompts).is_file():
+        return len(read_prompts(study.prompts, limit))
+    found = limit or 500
+    assumptions.append(f"prompts: `{study.prompts}` is no file here; {found} are assumed")
+    return found
+
+
+def preference_pairs(
+    study: StudyConfig, known: dict[str, Any], assumptions: list[str]
+) -> tuple[Pairs, dict[str, Download]]:
+    """The pairs to encode, and what is downloaded for them; none where no arm trains, whose job alone asks for them."""
+    if not any(study.arm(name).trains for name in study.arms):
+        return Pairs(), {}
+    if Path(study.preferences).exists():
+        from invdpo.preferences.plan import make_plan
+
+        side = study.training.resolution
+        return Pairs(make_plan(study).pairs, 0.0, side * side / 1e6), {}
+    name = study.preferences.partition(":")[0]
+    entry = known["datasets"].get(name)
+    if entry is None:
+        entry = next(iter(known["datasets"].values()))
+        assumptions.append(f"preferences: the size of `{name}` is not known; it is taken for Pick-a-Pic v2's")
+    each = entry["decided"] / entry["files"]
+    draws = study.draws
+    if study.samples_pairs:
+        wanted = study.data.shards if isinstance(study.data.shards, int) else math.ceil(sum(draws.values()) / each)
+    else:
+        wanted = entry["files"]
+    files = max(1, min(entry["files"], wanted))
+    rows = files * each
+    missed = math.prod(1 - min(1.0, count / rows) for count in draws.values())
+    count = round(rows * (1 - missed)) if study.samples_pairs else round(rows)
+    gb = entry["gb"] * files / entry["files"]
+    assumptions.append(f"preferences: {files} of {entry['files']} files, {count:,} pairs, by the data set's mean file")
+    return Pairs(count, gb, entry["megapixels"]), {f"preferences: {name} ({files} files)": Download(gb)}
+
+
+def downloads(study: StudyConfig, networks: dict[str, Networks], known: dict[str, Any]) -> dict[str, Download]:
+    """What is fetched, but for the preferences. networks: of each arm. What lies here already is not in it; the hub's
+    cache is not looked at."""
+    found: dict[str, Download] = {}
+    for name in study.arms:
+        seen, sizes_of, weights = study.with_base_of(name), networks[name], study.arms[name].weights
+        if not Path(seen.base).is_dir() and not made_here(seen.base, known):
+            parameters = sizes_of.unet_parameters + sizes_of.text_parameters
+            if seen.vae is None:
+                parameters += sizes_of.vae_parameters
+            width = 2 if seen.variant in ("fp16", "bf16") else 4
+            found[f"base: {seen.base}"] = Download(parameters * width / GB)
+        if seen.vae is not None and not Path(seen.vae).exists():
+            found[f"vae: {seen.vae}"] = Download(known["files"].get(seen.vae))
+        if weights is not None and not Path(weights).exists():
+            size = known["files"].get(weights)
+            # Whatever is not stored in fp32 is smaller, and so are adapters.
+            found[f"weights: {weights}"] = Download(size, None if size else 4 * sizes_of.unet_parameters / GB)
+    if study.prompts in PROMPT_SETS:
+        found[f"prompts: {study.prompts}"] = Download(known["prompts"])
+    for place in scorer_places(study.scorers):
+        if not _local(place).exists():
+            found[f"scorer: {place}"] = Download(_file_size(place, known))
+    for place, kind in _experiment_places(study):
+        if not _local(place).exists():
+            found[f"{kind}: {place}"] = Download(_file_size(place, known))
+    return found
+
+
+def _local(place: str) -> Path:
+    return Path(place.removeprefix("local-dir:"))
+
+
+def _file_size(place: str, known: dict[str, Any]) -> float | None:
+    """GB of a file or model that is known by its id or name."""
+    return known["files"].get(place, known["files"].get(Path(place).name))
+
+
+def scorer_places(scorers: ScorersConfig) -> list[str]:
+    """Every file, folder or id that the scorers read weights from, each once."""
+    places: list[str] = []
+    for name in type(scorers).model_fields:
+        settings = getattr(scorers, name)
+        if settings is None or name == "oracle":
+            continue
+        values = settings.model_dump()
+        if name == "imagereward":
+            places.append(values["checkpoint"] or "ImageReward.pt")
+            continue
+        model, pretrained = values["model"], values.get("pretrained")
+        if checkpoint := values.get("checkpoint"):
+            places.append(checkpoint)  # `model` is then an architecture
+        else:
+            places.append(f"{model}:{pretrained}" if pretrained else model)
+        if tower := values.get("tower"):
+            places.append(tower)
+    return list(dict.fromkeys(places))
+
+
+def _experiment_places(study: StudyConfig) -> Iterator[tuple[str, str]]:
+    """What the experiments read beside that, and what it is."""
+    experiments = study.experiments
+    votes, distribution = experiments.preference_accuracy, experiments.distribution
+    pairs = [experiments.held_out] if experiments.measured else []
+    pairs += [votes.votes, votes.validation] if votes else []
+    for place in dict.fromkeys(pairs):
+        if place is not None and place != study.preferences:
+            yield place, "pairs"
+    if distribution is not None:
+        model, pretrained = distribution.model, distribution.pretrained
+        if model is None:
+            yield distribution.inception_weights or "inception", "features"
+        else:
+            yield f"{model}:{pretrained}" if pretrained else model, "features"
+
+
+def training_memory(arm: ArmConfig, networks: Networks, alive: Held, kind: str) -> float:
+    """Bytes on one device while the arm trains. alive: see `invdpo.cost.held`."""
+    training, recipe, parameters = arm.training, arm.recipe, networks.unet_parameters
+    on_gpu = kind == "gpu"
+    mixed = on_gpu and arm.identity["precision"] != "fp32"  # half-precision passes over fp32 weights
+    copy = 0.0  # of the base, in the reference's own type; a CPU only rounds it
+    if recipe.reference_dtype != "float32":
+        copy = (2 if on_gpu else 4) * parameters
+    trained, weights = parameters, 8 * parameters + copy  # policy and base
+    if training.lora is not None:
+        trained = LORA_SHARE * parameters
+        weights = 4 * parameters + 4 * trained + copy
+    elif training.reference_offload:
+        weights = 4 * parameters
+    each = networks.checkpointed_bytes if training.gradient_checkpointing else networks.graph_bytes
+    working = alive.latents * each * (1 if mixed else 2)
+    if mixed:
+        # A call's graph keeps its own weights in half precision; with checkpointing only one call has them at a time.
+        working += 2 * parameters * (1 if training.gradient_checkpointing else alive.calls)
+    if training.reference_offload:
+        working = max(working, copy or 4 * parameters)  # the reference comes before the graph
+    gradients = trained * (4 * alive.gradients + OPTIMIZER_BYTES[training.optimizer])
+    summed = SUMMED if training.processes > 1 else 0
+    return weights + gradients + working + summed + (CUDA_CONTEXT if on_gpu else 0)
+
+
+def evaluation_memory(
+    study: StudyConfig, arm: ArmConfig, networks: Networks, known: dict[str, Any], kind: str
+) -> float:
+    """Bytes on one device while the arm's checkpoints are sampled and scored: the UNet in fp32, the next one beside it
+    where there are several, a second one that guides, the codec at work, and all scorers."""
+    unets = min(2, len(arm.training.grid)) if arm.trains else 1
+    if arm.trains and arm.recipe.sampling_branch == "unconditional":
+        unets += 1
+    scorers = 0.0
+    for place in scorer_places(study.scorers):
+        scorers += held_bytes(_local(place)) if _local(place).exists() else (_file_size(place, known) or 0) * GB
+    half = in_half(study, known, kind)
+    decoding = DECODING if kind == "gpu" else 0.0
+    own = (CUDA_CONTEXT if kind == "gpu" else 0) + (0.5 if half else 1) * decoding
+    return 4 * unets * networks.unet_parameters + (2 if half else 4) * networks.vae_parameters + scorers + own
+
+
+def held_bytes(place: Path) -> float:
+    """Of a file, or of all files of a folder."""
+    files = place.rglob("*") if place.is_dir() else [place]
+    return float(sum(path.stat().st_size for path in files if path.is_file()))
+
+
+def in_half(study: StudyConfig, known: dict[str, Any], kind: str) -> bool:
+    """Whether images are decoded in half precision: by a codec that is safe there."""
+    return kind == "gpu" and study.precision != "fp32" and study.vae in known["safe_in_half"]
+
+
+def host_memory(arm: ArmConfig, networks: Networks, kind: str) -> float:
+    """Bytes of the machine's own memory for a job of the arm on GPUs: every network is read there first."""
+    if kind == "cpu":
+        return PROGRAM / 3
+    training, weights = arm.training, 4 * networks.unet_parameters
+    if not arm.trains:
+        return PROGRAM + weights
+    copies = 1 + training.reference_offload + (training.lora is not None)
+    return training.processes * (PROGRAM + copies * weights)
+
+
+def disk(
+    study: StudyConfig, networks: dict[str, Networks], pairs: Pairs, prompts: int, at_once: int
+) -> dict[str, float]:
+    """What -> GB in the study's results. networks: of each arm. at_once: trainings that run together."""
+    width = 4 if study.data.storage == "float32" else 2
+    arms = {name: study.arm(name) for name in study.arms}
+    trained = {name: arm for name, arm in arms.items() if arm.trains}
+    checkpoints = sum(len(study.seeds) * len(arm.training.grid) for arm in trained.values())
+    kept = sum(
+        len(study.seeds) * len(arm.training.grid) * networks[name].unet_parameters for name, arm in trained.items()
+    )
+    states = sorted(
+        (
+            (LORA_SHARE if arm.training.lora else 1)
+            * (4 + OPTIMIZER_BYTES[arm.training.optimizer])
+            * networks[name].unet_parameters
+            for name, arm in trained.items()
+        ),
+        reverse=True,
+    )
+    images = sum(
+        (len(study.seeds) if arm.trains else 1) * prompts * study.with_base_of(name).training.resolution ** 2
+        for name, arm in arms.items()
+    )
+    stored = 0.0
+    if pairs.count:
+        own = networks[next(iter(trained))]
+        stored = pairs.count * width * (4 * own.latent_elements + own.caption_elements)
+    found = {
+        "latents and embeddings": stored / GB,
+        f"checkpoints ({checkpoints})": 4 * kept / GB,
+        f"states of {min(at_once, len(states))} runs while they train": sum(states[:at_once]) / GB,
+        "images": images * 3 / 2 / GB,  # PNG: half of the pixels' bytes
+        "kept inversions, at most": (study.trajectory_cache_gb or 0.0) if trained else 0.0,
+    }
+    return {name: gb for name, gb in found.items() if gb > 0}
