@@ -78,8 +78,9 @@ def _git(*arguments: str) -> str | None:
 
 @cache
 def git_commit() -> str | None:
-    """The commit that the package runs from; None outside a git checkout."""
-    return _git("rev-parse", "HEAD")
+    """The commit that the package runs from: by git, or by the file that envs/Dockerfile writes; None without both."""
+    built = REPOSITORY / "COMMIT"
+    return _git("rev-parse", "HEAD") or (built.read_text(encoding="utf-8").strip() if built.is_file() else None)
 
 
 @cache
