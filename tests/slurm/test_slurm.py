@@ -128,7 +128,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
 ARMS = {
     "dpo": {"method": "diffusion_dpo"},
     "pair": {"method": "sft", "training": {"processes": 2}},
-    "stopped": {"method": "sft", "training": {"steps": 600, "checkpoints": [1]}},
+    "stopped": {"method": "sft", "training": {"steps": 200, "checkpoints": [1]}},
 }
 # Its weights are no numbers after one step.
 BROKEN = {"broken": {"method": "sft", "training": {"learning_rate": 1.0e30}}}
@@ -261,8 +261,8 @@ def test_a_job_that_slurm_ends_goes_on_where_it_was(finished: tuple[Finished, Fi
     run, _ = finished
     states = [job["JobState"] for job in run.jobs["train:stopped"]]
     assert states == ["CANCELLED", "COMPLETED"]
-    resumed = re.search(r"resuming after step (\d+) of 600", log_of(run.folder, "train", "stopped"))
-    assert resumed and 0 < int(resumed[1]) < 600
+    resumed = re.search(r"resuming after step (\d+) of 200", log_of(run.folder, "train", "stopped"))
+    assert resumed and 0 < int(resumed[1]) < 200
 
 
 def test_a_failing_job_is_noticed(finished: tuple[Finished, Finished]) -> None:
