@@ -332,7 +332,7 @@ def disk(
     found = {
         "latents and embeddings": stored / GB,
         f"checkpoints ({checkpoints})": 4 * kept / GB,
-        f"states of {min(at_once, len(states))} runs while they train": sum(states[:at_once]) / GB,
+        f"states of running trainings ({min(at_once, len(states))})": sum(states[:at_once]) / GB,
         "images": images * 3 / 2 / GB,  # PNG: half of the pixels' bytes
         "kept inversions, at most": (study.trajectory_cache_gb or 0.0) if trained else 0.0,
     }

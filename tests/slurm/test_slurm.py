@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -10,9 +11,11 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -50,7 +53,8 @@ ReturnToService=2
 MinJobAge=86400
 GresTypes=gpu
 NodeName=localhost NodeAddr=127.0.0.1 NodeHostname={host} CPUs=64 RealMemory=1000000 Gres=gpu:2 State=UNKNOWN
-PartitionName=gpus Nodes=localhost Default=YES MaxTime=INFINITE State=UP
+PartitionName=cpu Nodes=localhost MaxTime=INFINITE State=UP
+PartitionName=gpu Nodes=localhost MaxTime=INFINITE State=UP
 """
 # The node promises more cores and memory than there are, so that profiles/slurm runs as it is. Slurm wants some device
 # file for a GPU, and hands out its number.
@@ -120,12 +124,74 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
             time.sleep(0.1)
 
 
+# Two GPUs, of which the second arm takes both; the third is stopped on its way.
 ARMS = {
-    "sft": {"method": "sft"},
     "dpo": {"method": "diffusion_dpo"},
-    # Its weights are no numbers after one step.
-    "broken": {"method": "sft", "training": {"learning_rate": 1.0e30}},
+    "pair": {"method": "sft", "training": {"processes": 2}},
+    "stopped": {"method": "sft", "training": {"steps": 200, "checkpoints": [1]}},
 }
+# Its weights are no numbers after one step.
+BROKEN = {"broken": {"method": "sft", "training": {"learning_rate": 1.0e30}}}
+RUNTIME = 150  # minutes: an hour, and twice three quarters of one
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A tree in which Snakemake was called, what it said, and what Slurm knows of its jobs: those of each rule and
+    wildcards in the order in which they were submitted."""
+
+    folder: Path
+    status: int
+    output: str
+    jobs: dict[str, list[dict[str, str]]]
+
+
+class Runs:
+    """Calls of Snakemake on one Slurm, one after the other or side by side."""
+
+    def __init__(self, slurm: dict[str, str], folder: Path, study: dict[str, Any]) -> None:
+        self.slurm, self.folder, self.study = slurm, folder, study
+
+    def start(self, arms: dict[str, Any], *wanted: str) -> tuple[Path, subprocess.Popen[str]]:
+        """The tree and the process of a run of the study with those arms."""
+        folder = copy_tree(self.folder / next(iter(arms)))
+        (folder / "config" / "tiny.yaml").write_text(yaml.safe_dump(self.study | {"arms": arms}))
+        planned = {arm: {"train_hours": 0.75, "devices": 1} for arm in arms if arm != "pair"}
+        (folder / "results" / "tiny").mkdir()
+        (folder / "results" / "tiny" / "plan.json").write_text(json.dumps({"arms": planned}))
+        quickly = ["--slurm-init-seconds-before-status-checks", "2", "--seconds-between-status-checks", "2"]
+        process = subprocess.Popen(
+            [*SNAKEMAKE, *wanted, "--workflow-profile", "profiles/slurm", "--retries", "1", "--latency-wait", "5"]
+            + ["--slurm-no-account", "--slurm-status-command", "squeue", *quickly, "--configfile", "config/tiny.yaml"],
+            cwd=folder,
+            env=self.slurm | {"PYTHONPATH": environment(folder)["PYTHONPATH"]},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        return folder, process
+
+    def end(self, folder: Path, process: subprocess.Popen[str]) -> Finished:
+        output, _ = process.communicate()
+        return Finished(folder, process.returncode, output, self.jobs(folder))
+
+    def jobs(self, folder: Path) -> dict[str, list[dict[str, str]]]:
+        """What Slurm knows of the jobs of a tree."""
+        listing = subprocess.run(
+            ["scontrol", "show", "job", "--oneliner"], env=self.slurm, text=True, capture_output=True, check=True
+        ).stdout
+        found: dict[str, list[dict[str, str]]] = {}
+        for line in listing.splitlines():
+            job = dict(part.split("=", 1) for part in line.split() if "=" in part)
+            if job["WorkDir"] == str(folder):
+                name = job["Comment"].removeprefix("rule_").replace("_wildcards_", ":")
+                found.setdefault(name, []).append(job)
+        return {name: sorted(jobs, key=lambda job: int(job["JobId"])) for name, jobs in found.items()}
+
+    def cancel(self, folder: Path, name: str) -> None:
+        """Let Slurm end a running job, as at its time limit: SIGTERM, and SIGKILL for what does not end."""
+        (job,) = self.jobs(folder)[name]
+        subprocess.run(["scancel", job["JobId"]], env=self.slurm, check=True)
 
 
 @pytest.fixture(scope="module")
@@ -135,81 +201,103 @@ def finished(
     tiny_base: Path,
     tiny_pairs: Path,
     tiny_prompts: Path,
-) -> tuple[Path, subprocess.CompletedProcess[str], str]:
-    """The tree in which a tiny study has run to its end, what Snakemake said, and what Slurm knows of its jobs."""
-    folder = copy_tree(tmp_path_factory.mktemp("tree") / "tree")
+) -> tuple[Finished, Finished]:
+    """A study from its pairs to its tables, one of its trainings stopped on its way; and beside it one that fails."""
     study = {
         "study": "tiny",
         "base": str(tiny_base),
         "preferences": str(tiny_pairs),
         "prompts": str(tiny_prompts),
-        "scorers": {},
+        "scorers": {"clip": {"model": "local-dir:assets/shapes/scorers/clip"}},
         "device": "auto",
         "seeds": [0],
         "training": {"steps": 4, "batch": 4, "learning_rate": 1.0e-3, "resolution": 32},
         "sampling": {"steps": 2, "batch": 2},
-        "arms": {"base": {"method": "no_training"}} | ARMS,
+        "experiments": {"comparison": {"arms": ["dpo"]}},
     }
-    (folder / "config" / "tiny.yaml").write_text(yaml.safe_dump(study))
-    wanted = [f"results/tiny/runs/{arm}/seed0/run.json" for arm in ARMS]
-    status = ["--slurm-no-account", "--slurm-status-command", "squeue"]
-    quickly = ["--slurm-init-seconds-before-status-checks", "2", "--seconds-between-status-checks", "2"]
-    done = subprocess.run(
-        [*SNAKEMAKE, *wanted, "--workflow-profile", "profiles/slurm", *status, *quickly, "--latency-wait", "5"]
-        + ["--configfile", "config/tiny.yaml"],
-        cwd=folder,
-        env=slurm | {"PYTHONPATH": environment(folder)["PYTHONPATH"]},
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        check=False,
-    )
-    jobs = subprocess.run(["scontrol", "show", "job", "--oneliner"], env=slurm, text=True, capture_output=True)
-    return folder, done, jobs.stdout
+    runs = Runs(slurm, tmp_path_factory.mktemp("trees"), study)
+    failing = {**study, "experiments": {}}
+    whole = runs.start(ARMS, "tables")
+    runs.study = failing
+    other = runs.start(BROKEN, "results/tiny/runs/broken/seed0/run.json")
+    state = whole[0] / "results" / "tiny" / "state" / "stopped" / "seed0"
+    while whole[1].poll() is None and not list(state.glob("*/state.pt")):
+        time.sleep(0.1)
+    if whole[1].poll() is None:
+        runs.cancel(whole[0], "train:stopped")
+    return runs.end(*whole), runs.end(*other)
 
 
-def jobs_of(listing: str) -> dict[str, dict[str, str]]:
-    """Rule and wildcards -> what Slurm says of that job."""
-    jobs = [dict(part.split("=", 1) for part in line.split() if "=" in part) for line in listing.splitlines()]
-    return {job["Comment"].removeprefix("rule_").replace("_wildcards_", ":"): job for job in jobs}
-
-
-def test_the_study_runs_to_its_end(finished: tuple[Path, subprocess.CompletedProcess[str], str]) -> None:
-    folder, done, listing = finished
-    for arm in ("sft", "dpo"):
-        assert (folder / "results" / "tiny" / "runs" / arm / "seed0" / "run.json").is_file(), done.stdout[-6000:]
-    jobs = jobs_of(listing)
-    assert jobs.keys() == {"preferences", *(f"train:{arm}" for arm in ARMS)}
-    profile = yaml.safe_load((folder / "profiles" / "slurm" / "config.yaml").read_text())
-    for name, job in jobs.items():
-        wanted = profile["set-resources"].get(name.partition(":")[0], profile["default-resources"])
+def test_the_study_runs_to_its_end(finished: tuple[Finished, Finished]) -> None:
+    run, _ = finished
+    assert run.status == 0, run.output[-6000:]
+    assert (run.folder / "results" / "tiny" / "tables" / "table1.csv").read_text().count("\n") > 1
+    arms = [f"{stage}:{arm}" for arm in ARMS for stage in ("train", "evaluate")]
+    assert run.jobs.keys() == {"preferences", "tables", *arms}
+    profile = yaml.safe_load((run.folder / "profiles" / "slurm" / "config.yaml").read_text())
+    limits = {"train:dpo": RUNTIME, "train:stopped": RUNTIME, "train:pair": 2880}
+    for name, (job, *_) in run.jobs.items():
+        wanted = profile["default-resources"] | profile["set-resources"].get(name.partition(":")[0], {})
+        wanted |= {"runtime": limits[name]} if name in limits else {}
         memory = re.search(r"mem=([\d.]+)([MG])", job["TRES"])
         assert memory and float(memory[1]) * {"M": 1, "G": 1024}[memory[2]] == wanted["mem_mb"], name
         hours, minutes = divmod(wanted["runtime"], 60)
         days, hours = divmod(hours, 24)
-        assert job["TimeLimit"] == (f"{days}-" if days else "") + f"{hours:02}:{minutes:02}:00"
+        assert job["TimeLimit"] == (f"{days}-" if days else "") + f"{hours:02}:{minutes:02}:00", name
+        assert job["Partition"] == wanted["slurm_partition"], name
+        assert job["Requeue"] == "1", name
 
 
-def test_a_failing_job_is_noticed(finished: tuple[Path, subprocess.CompletedProcess[str], str]) -> None:
-    folder, done, listing = finished
-    assert done.returncode == 1
-    assert jobs_of(listing)["train:broken"]["JobState"] == "FAILED"
-    assert not (folder / "results" / "tiny" / "runs" / "broken" / "seed0" / "run.json").exists()
-    assert "broken/seed0: the " in done.stdout, "the job's own words reach the user"
+def test_a_job_of_two_processes_sees_its_two_gpus(finished: tuple[Finished, Finished]) -> None:
+    run, _ = finished
+    (job,) = run.jobs["train:pair"]
+    assert job["TresPerJob"] == "gres:gpu:2" and job["NumTasks"] == "1"
+    assert leased(run.folder, "train", "pair") == ["0", "1"]
+    made = json.loads((run.folder / "results" / "tiny" / "runs" / "pair" / "seed0" / "run.json").read_text())
+    assert made["processes"] == 2
 
 
-def test_jobs_never_share_a_gpu(finished: tuple[Path, subprocess.CompletedProcess[str], str]) -> None:
-    """Three trainings and two GPUs: each is told one device, no two at a time the same, and both are used."""
-    folder, _, listing = finished
-    jobs, spans = jobs_of(listing), []
-    for arm in ARMS:
-        job = jobs[f"train:{arm}"]
-        assert job["TresPerJob"] == "gres:gpu:1"
-        text = (folder / "logs" / "tiny" / "train" / f"{arm}.log").read_text()
-        found = re.search(r"^leased GPU (\d) of (\d)$", text, re.MULTILINE)
-        assert found and found[1] == found[2], text
-        spans.append((found[1], *(datetime.fromisoformat(job[key]) for key in ("StartTime", "EndTime"))))
+def test_a_job_that_slurm_ends_goes_on_where_it_was(finished: tuple[Finished, Finished]) -> None:
+    run, _ = finished
+    states = [job["JobState"] for job in run.jobs["train:stopped"]]
+    assert states == ["CANCELLED", "COMPLETED"]
+    resumed = re.search(r"resuming after step (\d+) of 200", log_of(run.folder, "train", "stopped"))
+    assert resumed and 0 < int(resumed[1]) < 200
+
+
+def test_a_failing_job_is_noticed(finished: tuple[Finished, Finished]) -> None:
+    _, run = finished
+    assert run.status == 1
+    assert [job["JobState"] for job in run.jobs["train:broken"]] == ["FAILED"] * 2, "once more, and no more"
+    assert not (run.folder / "results" / "tiny" / "runs" / "broken" / "seed0" / "run.json").exists()
+    assert "broken/seed0: the " in run.output, "the job's own words reach the user"
+
+
+def log_of(folder: Path, stage: str, arm: str) -> str:
+    return (folder / "logs" / "tiny" / stage / f"{arm}.log").read_text()
+
+
+def leased(folder: Path, stage: str, arm: str) -> list[str]:
+    """The GPUs that the arm's job leased last, which are all that it was shown."""
+    text = log_of(folder, stage, arm)
+    found = re.search(r"^leased GPU ([\d, ]+) of ([\d, ]+)$", text, re.MULTILINE)
+    assert found and found[1] == found[2], text
+    return found[1].split(", ")
+
+
+def test_jobs_never_share_a_gpu(finished: tuple[Finished, Finished]) -> None:
+    """More jobs than GPUs, of two Snakemakes: none at a time on the same, and both are used."""
+    spans = []
+    for run in finished:
+        for name, jobs in run.jobs.items():
+            stage, _, arm = name.partition(":")
+            if stage in ("train", "evaluate"):
+                job = jobs[-1]
+                times = [datetime.fromisoformat(job[key]) for key in ("StartTime", "EndTime")]
+                devices = leased(run.folder, stage, arm)
+                assert job["TresPerJob"] == f"gres:gpu:{len(devices)}"
+                spans += [(device, *times) for device in devices]
     spans.sort()
-    assert {device for device, *_ in spans} == {"0", "1"}
+    assert len(spans) > 7 and {device for device, *_ in spans} == {"0", "1"}
     for (device, _, ended), (following, began, _) in zip(spans, spans[1:], strict=False):
         assert device != following or ended <= began
