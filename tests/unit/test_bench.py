@@ -177,8 +177,8 @@ def test_the_cases(code: Any) -> None:
     ]
     assert code.bench.chosen(None, known) == known
     assert code.bench.chosen("layouts,forward", known) == ["forward", "layouts"]
-    with pytest.raises(InvdpoError, match="there is no case trainning; there are forward, training"):
-        code.bench.chosen("forward,trainning", known)
+    with pytest.raises(InvdpoError, match="there is no case trainings; there are forward, training"):
+        code.bench.chosen("forward,trainings", known)
 
 
 def test_layouts_and_compilation_leave_the_gradient_as_it_is(
