@@ -1,126 +1,64 @@
-"""What is raced: a policy and its reference, and the plain diffusers loops that our own code is held against."""
+"""The plain diffusers loops that our own code is held against."""
 
 from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from models import Models
 from torch import Tensor
+from torch.nn import Module
 
-from invdpo.backbones.pipeline import UNetEps, load_unet
-from invdpo.device import autocast, resolve_dtype
+from invdpo.device import autocast
 from invdpo.objectives import Recipe
-from invdpo.schedule import NoiseSchedule
-from invdpo.types import Conditioning
-
-if TYPE_CHECKING:
-    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from invdpo.sampling import prompt_generator
+from invdpo.types import Conditioning, concatenate
 
 
-@dataclass(frozen=True)
-class Models:
-    """A policy near its reference, the base's diffusers scheduler, a prompt's number of tokens, the autocast type."""
-
-    policy: UNet2DConditionModel
-    reference: UNet2DConditionModel
-    scheduler: Any
-    tokens: int
-    device: torch.device
-    dtype: torch.dtype
-
-    @property
-    def schedule(self) -> NoiseSchedule:
-        """The scheduler's arithmetic as our own code has it."""
-        return NoiseSchedule.from_scheduler(self.scheduler).to(self.device)
-
-    def eps(self, unet: UNet2DConditionModel) -> UNetEps:
-        """One of the two as our own code calls it."""
-        return UNetEps(unet, self.dtype)
-
-    def latents(self, n: int, seed: int) -> Tensor:
-        """Random latents (n,C,H,W) of the UNet's own size."""
-        config = self.policy.config
-        shape = (n, config["in_channels"], config["sample_size"], config["sample_size"])
-        return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(self.device)
-
-    def prompts(self, n: int, seed: int) -> Conditioning:
-        """Random token embeddings (n,L,D), and one empty prompt for all."""
-        generator = torch.Generator().manual_seed(seed)
-        shape = (n + 1, self.tokens, self.policy.config["cross_attention_dim"])
-        embeds = torch.randn(shape, generator=generator).to(self.device)
-        return Conditioning(embeds[1:], uncond=Conditioning(embeds[:1].expand_as(embeds[1:])))
+def plain_unet(unet: Any, x: Tensor, t: Tensor | int, cond: Conditioning) -> Tensor:
+    """diffusers' own call, with what SDXL's UNet also takes."""
+    added = None if cond.pooled is None else {"text_embeds": cond.pooled, "time_ids": cond.time_ids}
+    return unet(x, t, cond.embeds, added_cond_kwargs=added).sample
 
 
-def load(base: str, device: torch.device) -> Models:
-    """The UNet of a pipeline folder or hub id of the SD1.5 family."""
-    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-    from transformers import AutoConfig
-
-    unet = load_unet(base, device)
-    text = AutoConfig.from_pretrained(base, subfolder="text_encoder")
-    return twins(unet, DDIMScheduler.from_pretrained(base, subfolder="scheduler"), text.max_position_embeddings)
-
-
-def sdxl_shaped(device: torch.device) -> Models:
-    """SDXL's UNet with random weights; its embedding of image size and pooled text, two matrices, is left out."""
-    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-
-    with device:
-        unet = UNet2DConditionModel(
-            sample_size=128,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            block_out_channels=(320, 640, 1280),
-            layers_per_block=2,
-            transformer_layers_per_block=(1, 2, 10),  # pyright: ignore[reportArgumentType]
-            attention_head_dim=(5, 10, 20),  # pyright: ignore[reportArgumentType]
-            cross_attention_dim=2048,
-            use_linear_projection=True,
-        ).eval()
-    scheduler = DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", set_alpha_to_one=False, steps_offset=1
-    )
-    return twins(unet, scheduler, tokens=77)
-
-
-def twins(reference: UNet2DConditionModel, scheduler: Any, tokens: int) -> Models:
-    """A policy 1 % of noise away from its reference, so that no gradient is exactly zero."""
-    policy = copy.deepcopy(reference)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in policy.parameters():
-            parameter.add_(torch.randn_like(parameter) * parameter.abs().mean(), alpha=0.01)
-    device = reference.device
-    return Models(policy, reference.requires_grad_(False), scheduler, tokens, device, resolve_dtype(device, "auto"))
+def stacked(first: Conditioning, second: Conditioning) -> Conditioning:
+    """Rows of both, for one call."""
+    found = concatenate(first, second)
+    assert found is not None
+    return found
 
 
 def plain_training_step(
-    models: Models, optimizer: torch.optim.Optimizer, win: Tensor, lose: Tensor, embeds: Tensor, beta: float
+    models: Models, optimizer: torch.optim.Optimizer, win: Tensor, lose: Tensor, cond: Conditioning, beta: float
 ) -> float:
     """One step of Diffusion-DPO as a diffusers script does it (its train.py:1053-1145), all pairs (B,C,H,W) at once."""
     scheduler = models.scheduler
     noise = torch.randn_like(win).repeat(2, 1, 1, 1)
     t = torch.randint(len(scheduler.alphas_cumprod), (len(win),), device=win.device).repeat(2)
     noisy = scheduler.add_noise(torch.cat([win, lose]), noise, t)
-    text = embeds.repeat(2, 1, 1)
+    both = stacked(cond.without_uncond(), cond.without_uncond())
     with autocast(models.device, models.dtype):
-        prediction = models.policy(noisy, t, text).sample
+        prediction = plain_unet(models.policy, noisy, t, both)
     with torch.no_grad(), autocast(models.device, models.dtype):
-        reference = models.reference(noisy, t, text).sample
+        reference = plain_unet(models.reference, noisy, t, both)
     error = (prediction.float() - noise).square().mean(dim=(1, 2, 3))
     reference_error = (reference.float() - noise).square().mean(dim=(1, 2, 3))
     win_term, lose_term = (error - reference_error).chunk(2)
     loss = -F.logsigmoid(-0.5 * beta * (win_term - lose_term)).mean()
     loss.backward()
+    clip_and_step(models, optimizer)
+    return float(loss.detach())
+
+
+def clip_and_step(models: Models, optimizer: torch.optim.Optimizer) -> None:
+    """What ends a step of either script."""
     torch.nn.utils.clip_grad_norm_(models.policy.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return float(loss.detach())
 
 
 def reference_loop(recipe: Recipe, models: Models, win: Tensor, lose: Tensor, cond: Conditioning) -> Tensor:
@@ -145,11 +83,12 @@ def _image(recipe: Recipe, models: Models, x0: Tensor, cond: Conditioning) -> Te
     offset = recipe.trajectory.steps_offset
     first, stride = scheduler.config.steps_offset if offset is None else offset, len(abar) // steps
 
-    def predict(unet: UNet2DConditionModel, x: Tensor, t: int) -> Tensor:
+    def predict(unet: Any, x: Tensor, t: int) -> Tensor:
         with autocast(models.device, models.dtype):
             if cond.uncond is None or recipe.trajectory.guidance_scale == 1:
-                return unet(x, t, cond.embeds).sample.to(x.dtype)
-            both = unet(torch.cat([x, x]), t, torch.cat([cond.uncond.embeds, cond.embeds])).sample.to(x.dtype)
+                return plain_unet(unet, x, t, cond).to(x.dtype)
+            halves = stacked(cond.uncond, cond.without_uncond())
+            both = plain_unet(unet, torch.cat([x, x]), t, halves).to(x.dtype)
         uncond, conditional = both.chunk(2)
         return uncond + recipe.trajectory.guidance_scale * (conditional - uncond)
 
@@ -171,3 +110,40 @@ def _image(recipe: Recipe, models: Models, x0: Tensor, cond: Conditioning) -> Te
                 reference_error = (predict(models.reference, x_next, t) - implied).square().mean()
             terms.append(reference_error - (predict(models.policy, x_next, t) - implied).square().mean())
     return torch.stack(terms).mean()
+
+
+def stock_pipeline(models: Models, codec: Any) -> Callable[..., Any]:
+    """Draws with diffusers' own pipeline over copies of the reference and the codec in `models.dtype`, as it is run on
+    a GPU: its arguments are a conditioning of n prompts, steps, guidance scale and output type (`latent`, `pil`)."""
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+    from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
+
+    unet, vae = (Module.to(copy.deepcopy(network), models.dtype) for network in (models.reference, codec))
+    parts: dict[str, Any] = {"vae": vae, "text_encoder": None, "tokenizer": None, "unet": unet}
+    parts["scheduler"] = models.scheduler
+    if models.reference.config["addition_embed_type"] is None:
+        parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        pipeline: Any = StableDiffusionPipeline(**parts)
+    else:
+        parts |= {"text_encoder_2": None, "tokenizer_2": None, "add_watermarker": False}
+        pipeline = StableDiffusionXLPipeline(**parts)
+    pipeline.set_progress_bar_config(disable=True)
+    side = models.shape[-1] * pipeline.vae_scale_factor
+
+    def draw(cond: Conditioning, steps: int, guidance_scale: float, output_type: str) -> Any:
+        empty = cond.uncond
+        assert empty is not None
+        given = {"prompt_embeds": cond.embeds, "negative_prompt_embeds": empty.embeds}
+        if cond.pooled is not None:
+            given |= {"pooled_prompt_embeds": cond.pooled, "negative_pooled_prompt_embeds": empty.pooled}
+        return pipeline(
+            **given,
+            height=side,
+            width=side,
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+            generator=[prompt_generator(0, number) for number in range(len(cond.embeds))],
+            output_type=output_type,
+        ).images
+
+    return draw

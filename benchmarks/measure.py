@@ -7,19 +7,24 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from invdpo.errors import InvdpoError
 from invdpo.files import replace_when_done
 from invdpo.provenance import write_json
 
 Work = Callable[[], object]
+Result = TypeVar("Result")
 
 
 def seconds(work: Work, device: torch.device) -> float:
@@ -32,15 +37,27 @@ def seconds(work: Work, device: torch.device) -> float:
         work()
         if cuda:
             torch.cuda.synchronize(device)
+        return time.perf_counter() - began
     except torch.OutOfMemoryError:
-        return math.inf
-    return time.perf_counter() - began
+        pass  # the exception still holds what had been computed
+    torch.cuda.empty_cache()
+    return math.inf
 
 
-def interleaved(competitors: Mapping[str, Work], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each competitor in each round, all of them taking turns, after one round that is not counted."""
-    table = [{name: seconds(work, device) for name, work in competitors.items()} for _ in range(rounds + 1)]
-    return {name: [row[name] for row in table[1:]] for name in competitors}
+def interleaved(
+    competitors: Mapping[str, Work], rounds: int, device: torch.device, limit: float = math.inf
+) -> dict[str, list[float]]:
+    """Seconds of each competitor in each round, all of them taking turns, after one round that warms up.
+
+    No round begins when `limit` seconds have passed; the first one then counts where it is the only one. What did not
+    fit the GPU once is not tried again.
+    """
+    began = time.perf_counter()
+    table: list[dict[str, float]] = []
+    while not table or (len(table) <= rounds and time.perf_counter() - began < limit):
+        fits = {name: not table or table[-1][name] < math.inf for name in competitors}
+        table.append({name: seconds(work, device) if fits[name] else math.inf for name, work in competitors.items()})
+    return {name: [row[name] for row in table[1:] or table] for name in competitors}
 
 
 def compared(times: Mapping[str, list[float]], amount: Mapping[str, int], baseline: str) -> dict[str, Any]:
@@ -79,17 +96,30 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 * products / min(seconds(work, device) for _ in range(10))
 
 
-def peak_growth(work: Work, device: torch.device) -> int | None:
-    """Bytes by which one call raises the peak over what is held before it; None where it does not fit the GPU.
+class Gauge:
+    """A work that notes, at each turn on a GPU, by how many bytes it raised the peak over what was held before it, and
+    the peak itself. `growth` and `total` are the largest of all turns; None where no turn fitted."""
 
-    On the CPU the resident high-water mark, which proc(5)'s clear_refs sets back to the present. Not ru_maxrss: a
-    process inherits that from its parent. Call it in a fresh process, whose allocator has no freed memory to reuse.
+    def __init__(self, work: Work, device: torch.device) -> None:
+        self._work, self._device = work, device
+        self.growth: int | None = None
+        self.total: int | None = None
+
+    def __call__(self) -> object:
+        torch.cuda.reset_peak_memory_stats(self._device)
+        before = torch.cuda.memory_allocated(self._device)
+        found = self._work()
+        peak = torch.cuda.max_memory_allocated(self._device)
+        self.growth, self.total = max(self.growth or 0, peak - before), max(self.total or 0, peak)
+        return found
+
+
+def resident_growth(work: Work) -> int:
+    """The same growth on the CPU: of the resident high-water mark, which proc(5)'s clear_refs sets back to the present.
+
+    Not ru_maxrss: a process inherits that from its parent. Call it in a fresh process, whose allocator has no freed
+    memory to reuse.
     """
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        fits = seconds(work, device) < math.inf
-        return torch.cuda.max_memory_allocated(device) - before if fits else None
     Path("/proc/self/clear_refs").write_text("5")
     before = _resident("VmRSS")
     work()
@@ -101,13 +131,39 @@ def _resident(field: str) -> int:
     return 1024 * int(re.findall(rf"^{field}:\s+(\d+) kB$", status, re.MULTILINE)[0])
 
 
-def write_report(report: dict[str, Any], text: str, table: pd.DataFrame, hardware: str, out: Path | None) -> None:
-    """Write a report as JSON to `out` (default: results/benchmarks/, named after the hardware), its text as markdown
-    and its table as csv beside it, and print the text."""
-    out = out or Path("results/benchmarks", "-".join(re.findall("[a-z0-9]+", hardware.lower())) + ".json")
-    write_json(out, report)
-    with replace_when_done(out.with_suffix(".md")) as temporary:
+class FreshProcess:
+    """Runs functions each in a process of its own, forked from one that has only imported some slow modules."""
+
+    def __init__(self, *modules: str) -> None:
+        self._context = get_context("forkserver")
+        self._context.set_forkserver_preload(list(modules))
+
+    def run(self, function: Callable[..., Result], *arguments: Any) -> Result:
+        """What a function of an importable module returns. Raises InvdpoError when the process dies."""
+        with ProcessPoolExecutor(1, self._context) as pool:
+            try:
+                return pool.submit(function, *arguments).result()
+            except BrokenProcessPool as error:
+                what = f"{function.__name__}({', '.join(map(str, arguments))})"
+                raise InvdpoError(f"The process of {what} was killed: most likely memory ran out.") from error
+
+
+def report_path(hardware: str, out: Path | None) -> Path:
+    """`out`, or a JSON file under results/benchmarks/ named after the hardware."""
+    return out or Path("results/benchmarks", "-".join(re.findall("[a-z0-9]+", hardware.lower())) + ".json")
+
+
+def write_files(report: Mapping[str, Any], text: str, table: pd.DataFrame, path: Path) -> None:
+    """Write a report as JSON, and its text as markdown and its table as csv beside it."""
+    write_json(path, report)
+    with replace_when_done(path.with_suffix(".md")) as temporary:
         temporary.write_text(text, encoding="utf-8")
-    with replace_when_done(out.with_suffix(".csv")) as temporary:
+    with replace_when_done(path.with_suffix(".csv")) as temporary:
         table.to_csv(temporary, index=False, float_format="%.4g", lineterminator="\n")
-    print(f"{text}\nwritten to {out}, and as a table to {out.with_suffix('.md')} and .csv")
+
+
+def write_report(report: Mapping[str, Any], text: str, table: pd.DataFrame, hardware: str, out: Path | None) -> None:
+    """`write_files` at `report_path`, and the text printed."""
+    path = report_path(hardware, out)
+    write_files(report, text, table, path)
+    print(f"{text}\nwritten to {path}, and as a table to {path.with_suffix('.md')} and .csv")

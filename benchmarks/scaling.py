@@ -10,73 +10,65 @@ import json
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import torch
 import typer
-from loops import Models, load, sdxl_shaped
+from cases import optimizer_of, random_cache, scale_of, stepper_of, study_of
 from measure import compared, interleaved
+from models import Models, load, sdxl_shaped
 
-from invdpo.device import resolve_device
-from invdpo.preferences.cache import PreferenceCache
-from invdpo.training.loop import Run, Stepper
-from invdpo.training.optim import build_optimizer
+from invdpo.device import memory_for, resolve_device
+from invdpo.errors import InvdpoError
+from invdpo.training.loop import Stepper
 from invdpo.training.ranks import Ranks, join, launch
-from invdpo.training.state import Progress
-
-if TYPE_CHECKING:
-    from invdpo.config import StudyConfig
 
 PROCESSES, STEPS = 2, 3  # of a competitor's turn
+TITLE = "Diffusion-DPO step by processes, pairs"
+REMEDIES = ("larger GPUs", "a smaller --base")
 ALONE, APART, TOGETHER = "one process", "two processes, apart", "two processes, together"
 
 
-def random_stepper(models: Models, study: StudyConfig, ranks: Ranks) -> Stepper:
-    """Steps of the study's Diffusion-DPO on random latents, as many as a batch."""
-    arm = study.arm("diffusion_dpo")
-    n = arm.training.batch
-    win, lose, cond = models.latents(n, 1), models.latents(n, 2), models.prompts(n, 3)
-    assert cond.uncond is not None
-    still, rows = torch.zeros_like(win), torch.arange(n, device=models.device)
-    cache = PreferenceCache(win, still, lose, still, cond.embeds, cond.uncond.embeds[:1], rows, "random latents")
-    optimizer = build_optimizer(models.policy.parameters(), arm.training, arm.learning_rate)
-    run = Run(study, arm, 0, models.device, ranks)
-    base = models.reference
-    return Stepper(run, models.policy, base, base, optimizer, models.schedule, cache, models.dtype, Progress())
+def measure(base: str, device: str, rounds: int, sdxl: bool) -> dict[str, Any]:
+    """Of each competitor the pairs a second, all its processes together, and the ratio to one process.
 
-
-def measure(base: str, device: str, pairs: int, rounds: int, sdxl: bool) -> dict[str, Any]:
-    """Of each competitor the pairs a second, all its processes together, and the ratio to one process."""
+    Raises InvdpoError when a process dies; the other is ended.
+    """
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder, "found.json")
-        options = ["--base", base, "--device", device, "--pairs", str(pairs), "--rounds", str(rounds)]
+        options = ["--base", base, "--device", device, "--rounds", str(rounds)]
         launch(PROCESSES, [sys.executable, __file__, *options, *["--sdxl-shaped"] * sdxl, "--out", str(found)])
         return json.loads(found.read_text(encoding="utf-8"))
+
+
+def steppers(models: Models, ranks: Ranks) -> tuple[Stepper, Stepper]:
+    """Steps of this process alone and of all together, as many pairs a process, by one optimizer of one policy."""
+    pairs = scale_of(models).batch
+    cache, optimizer = random_cache(models, ranks.size * pairs), optimizer_of(models)
+    alone, shared = (study_of(models, "diffusion_dpo", size * pairs) for size in (1, ranks.size))
+    return stepper_of(models, alone, cache, optimizer), stepper_of(models, shared, cache, optimizer, ranks)
 
 
 def main(
     out: Annotated[Path, typer.Option()],
     base: Annotated[str, typer.Option()],
     device: Annotated[str, typer.Option()],
-    pairs: Annotated[int, typer.Option()],
     rounds: Annotated[int, typer.Option()],
     sdxl: Annotated[bool, typer.Option("--sdxl-shaped")] = False,
 ) -> None:
     """One of the processes."""
-    from bench import scale_of, study_of
-
     torch.set_num_threads(1)
     ranks, place = join(resolve_device(device))
-    models = sdxl_shaped(place) if sdxl else load(base, place)
-    scale = scale_of(models)
-    if scale.checkpointing:
-        models.policy.enable_gradient_checkpointing()
-    own = random_stepper(models, study_of(base, device, scale, pairs), Ranks())
-    shared = random_stepper(models, study_of(base, device, scale, pairs * ranks.size), ranks)
+    with memory_for("the models and the optimizer", REMEDIES):
+        models = sdxl_shaped(place) if sdxl else load(base, place)
+        pairs = scale_of(models).batch
+        own, shared = steppers(models, ranks)
 
     def steps(stepper: Stepper) -> None:
-        for _ in range(STEPS):
-            stepper.step()
+        # Not as a result, as elsewhere: the other process waits for this one's part of the sum.
+        with memory_for("a step", REMEDIES):
+            for _ in range(STEPS):
+                stepper.step()
 
     def alone() -> None:
         ranks.wait()
@@ -96,8 +88,13 @@ def main(
     both = ranks.size * STEPS * pairs
     if ranks.writes:
         found = compared(times, {ALONE: STEPS * pairs, APART: both, TOGETHER: both}, ALONE)
+        for name, processes in ((ALONE, 1), (APART, ranks.size), (TOGETHER, ranks.size)):
+            found[name] |= {"at_a_time": processes * pairs, "rounds": len(times[name])}
         out.write_text(json.dumps(found), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    try:
+        typer.run(main)
+    except InvdpoError as error:
+        sys.exit(f"error: {error}")
