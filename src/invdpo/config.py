@@ -43,6 +43,8 @@ ON_PAIRS = ("inversion_error", "precision", "audit")  # the experiments on pairs
 MEASURED = (*ON_PAIRS, "preference_accuracy", "weight_distances")
 # Settings of training that came when runs had been published: left as it was, one changes no hash.
 LATER = ("channels_last", "compile", "reference_offload", "lora", "micro_conditioning")
+# Settings of training that a run may change when it goes on: its weights are the same, the second two up to rounding.
+SURROUNDINGS = {"save_minutes", "processes", "shard"}
 PREPARED = {"resolution", "max_undecodable"}  # training settings that `invdpo prepare` applies, once a study
 
 
@@ -76,6 +78,14 @@ class TrainingConfig(Strict):
     )
     processes: PositiveInt = Field(
         1, description="how many `invdpo train` starts to train together, one a GPU; must divide batch"
+    )
+    shard: bool = Field(
+        False,
+        description="FSDP: each process holds a part of the weights, the gradients and AdamW's state, and gathers the "
+        "weights block by block when they are used",
+    )
+    save_minutes: PositiveFloat | None = Field(
+        30.0, description="a killed run loses at most so much; null: it is saved at checkpoints and when stopped only"
     )
     optimizer: Literal["adamw", "adamw_8bit", "adafactor"] = Field(
         "adamw", description="adamw_8bit: needs bitsandbytes; adafactor: as the papers for SDXL"
@@ -116,6 +126,26 @@ class TrainingConfig(Strict):
                 "with lora the reference is the policy's own network without its adapters, so there is nothing to "
                 "offload; leave reference_offload out"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_cut(self) -> TrainingConfig:
+        against = {
+            f"optimizer: {self.optimizer}": (
+                self.optimizer != "adamw",
+                "only adamw's state is one value for each weight",
+            ),
+            "lora": (self.lora is not None, "gradients and moments of adapters are too small to be worth it"),
+            "reference_offload": (
+                self.reference_offload,
+                "the reference is cut into parts too, which stay on the GPUs",
+            ),
+            "channels_last": (self.channels_last, "FSDP cuts weights in the plain memory format only"),
+            "compile": (self.compile, "the graph would break at every block that gathers its weights"),
+        }
+        for name, (chosen, reason) in against.items():
+            if self.shard and chosen:
+                raise ValueError(f"shard and {name} exclude each other: {reason}. Leave one of them out")
         return self
 
     def pairs_a_pass(self, processes: int) -> int:
@@ -752,8 +782,7 @@ class ArmConfig(Strict):
     @cached_property
     def hash(self) -> str:
         """16 hex digits of everything that decides the weights of this arm's runs, the seed apart."""
-        # A run can go on with another number of processes.
-        training = self.training.model_dump(exclude={"processes"})
+        training = self.training.model_dump(exclude=SURROUNDINGS)
         for name in LATER:
             if training[name] == TrainingConfig.model_fields[name].default:
                 del training[name]

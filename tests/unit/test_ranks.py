@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,14 +19,16 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from safetensors.torch import load_file
 
 from invdpo.config import StudyConfig, dump_study
 from invdpo.errors import InvdpoError
-from invdpo.training import loop, ranks, state
+from invdpo.training import loop, ranks, shards, state
 
 CPU = torch.device("cpu")
 MakeStudy = Callable[..., StudyConfig]
+SLOW = 300  # seconds that what exchanges weights may take where two processes share one core with other work
 IMPLIED = {"method": "inversion_dpo_implied", "recipe": {"trajectory": {"steps": 3}}, "training": {"chunk": 4}}
 
 
@@ -196,11 +199,13 @@ def test_weights_that_part_are_noticed(prepared: MakeStudy, monkeypatch: pytest.
     assert not (out("arm") / "run.json").exists()
 
 
-@pytest.mark.parametrize(("how", "status"), [("raises", 1), ("is killed", -signal.SIGKILL)])
+@pytest.mark.parametrize(
+    ("how", "status", "shard"), [("raises", 1, False), ("is killed", -signal.SIGKILL, False), ("raises", 1, True)]
+)
 def test_a_rank_that_loses_another_ends_by_itself(
-    prepared: MakeStudy, monkeypatch: pytest.MonkeyPatch, how: str, status: int
+    prepared: MakeStudy, monkeypatch: pytest.MonkeyPatch, how: str, status: int, shard: bool
 ) -> None:
-    study = prepared(arms={"arm": {"method": "diffusion_dpo"}})
+    study = prepared(arms={"arm": {"method": "diffusion_dpo", "training": {"shard": shard}}})
     real = loop.Stepper._accumulate
 
     def failing(self: loop.Stepper, number: int) -> Any:
@@ -240,11 +245,160 @@ def test_sums_go_through_buckets_of_any_size(monkeypatch: pytest.MonkeyPatch, tm
         )
 
 
+# One pair a process, streamed in two calls: each has a factor of its own, from the second step on.
+SHARDED = {
+    "method": "inversion_dpo_implied",
+    "recipe": {"trajectory": {"steps": 2}},
+    "training": {"chunk": 2, "micro_batch": 1, "batch": 2, "steps": 3, "gradient_checkpointing": True, "shard": True},
+}
+
+
+def kill_first(study: Callable[[int], StudyConfig], arm: str, step: int) -> list[int]:
+    """Exit statuses of two ranks, each of its own study, the first of which is killed before that step."""
+    real = loop.Stepper.step
+
+    def stepping(self: loop.Stepper) -> dict[str, Any]:
+        if self.ranks.number == 0 and self.progress.step + 1 == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.Stepper, "step", stepping)
+        return together(lambda number: train(study(number), arm), limit=SLOW)
+
+
+def state_of(study: StudyConfig, arm: str) -> Path:
+    return study.root / "state" / arm / "seed0" / study.arm(arm).hash
+
+
+def test_a_killed_run_goes_on_from_the_state_that_was_due(prepared: MakeStudy) -> None:
+    arms, settings = {name: {"method": "diffusion_dpo"} for name in ("whole", "killed")}, {"checkpoints": []}
+    study = prepared(arms=arms, training=settings)
+    assert together(lambda _: train(study, "whole")) == [0, 0]
+    assert kill_first(lambda _: study, "killed", 3) == [-signal.SIGKILL, ranks.LOST]
+    assert not (state_of(study, "killed") / "state.pt").exists(), "thirty minutes have not passed"
+    timed = prepared(arms=arms, training=settings | {"save_minutes": 1e-9})
+    assert kill_first(lambda _: timed, "killed", 3) == [-signal.SIGKILL, ranks.LOST]
+    folder = state_of(study, "killed")
+    assert len((folder / "train.jsonl").read_text().splitlines()) == 2
+    (folder / ".state.pt.1.part").touch()  # what a process leaves that is killed while it writes
+    assert together(lambda _: train(study, "killed")) == [0, 0]
+    one, other = weights("whole"), weights("killed")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert not list(folder.glob(".*"))
+
+
+def test_two_sharded_ranks_give_the_weights_of_one(prepared: MakeStudy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to rounding, while each holds half of everything; the checkpoints are those of a network that is whole. A
+    killed run goes on exactly with as many processes, and up to rounding with one."""
+    plain = {**SHARDED, "training": {**SHARDED["training"], "shard": False}}
+    arms = {"one": plain} | {name: SHARDED for name in ("two", "killed", "alone")}
+    study = prepared(arms=arms)
+    real = loop.Stepper._update
+
+    def update(self: loop.Stepper, *arguments: Any) -> None:
+        real(self, *arguments)
+        networks = [[shards.part(value) for value in unet.parameters()] for unet in self.networks]
+        gradients = [value.grad for value in self.parameters if value.grad is not None]
+        moments = [value for values in self.optimizer.state.values() for value in values.values() if value.ndim]
+        whole = sum(value.numel() for value in self.networks[0].parameters())
+        held = [sum(value.numel() for value in each) / whole for each in (*networks, gradients, moments)]
+        Path(f"held{self.ranks.number}.json").write_text(json.dumps(held))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Stepper, "_update", update)
+        assert together(lambda _: train(study, "two"), limit=SLOW) == [0, 0]
+    for number in (0, 1):
+        assert json.loads(Path(f"held{number}.json").read_text()) == pytest.approx([0.5, 0.5, 0.5, 1.0], rel=1e-3)
+    train(study, "one")
+    moved = rows("one")[-1]["reference_distance"]
+    assert relative_difference(weights("two"), weights("one"), moved) < 2e-4
+    for mine, theirs in zip(rows("two"), rows("one"), strict=True):
+        names = ("loss", "grad_norm", "reference_distance", "logratio_win")
+        assert [mine[name] for name in names] == pytest.approx([theirs[name] for name in names], rel=1e-3)
+    runs = [json.loads((out(arm) / "run.json").read_text()) for arm in ("two", "one")]
+    assert runs[0]["relative_reference_distance"] == pytest.approx(runs[1]["relative_reference_distance"], rel=1e-4)
+    for step in ("step000002", "step000003"):
+        configs = [(out(arm) / "checkpoints" / step / "unet" / "config.json").read_text() for arm in ("two", "one")]
+        assert configs[0] == configs[1]
+    loaded: Any = UNet2DConditionModel.from_pretrained(out("two") / "unet", output_loading_info=True)
+    assert loaded[0].dtype == torch.float32 and not any(loaded[1].values())
+
+    # All save when the first one's clock says so: at any other's word they would wait for each other.
+    timed = [prepared(arms=arms, training={"checkpoints": [], "save_minutes": minutes}) for minutes in (1e-9, None)]
+    assert state_of(timed[0], "killed") == state_of(timed[1], "killed")
+    assert kill_first(lambda number: timed[number], "killed", 3) == [-signal.SIGKILL, ranks.LOST]
+    assert len((state_of(timed[0], "killed") / "train.jsonl").read_text().splitlines()) == 2
+    shutil.copytree(study.root / "state" / "killed", study.root / "state" / "alone")
+    assert together(lambda _: train(timed[1], "killed"), limit=SLOW) == [0, 0]
+    two, killed = weights("two"), weights("killed")
+    assert all(torch.equal(two[name], killed[name]) for name in two)
+    train(timed[1], "alone")
+    assert [row["step"] for row in rows("alone")] == [1, 2, 3]
+    assert 0 < relative_difference(two, weights("alone"), moved) < 2e-4
+
+
+def test_sharded_ranks_invert_together_or_not_at_all(prepared: MakeStudy) -> None:
+    """One inversion of four is lost: the process that has the other one of its pass inverts too."""
+    arm = {**SHARDED, "training": {"micro_batch": 1, "batch": 4, "steps": 1, "checkpoints": [], "shard": True}}
+    study = prepared(arms={"first": arm, "second": arm}, trajectory_cache_gb=0.1)
+    for name, found in (("first", 0), ("second", 2)):
+        assert together(lambda _, name=name: train(study, name), limit=SLOW) == [0, 0]
+        cached = json.loads((out(name) / "run.json").read_text())["trajectory_cache"]
+        assert (cached["asked"], cached["found"]) == (4, found)
+        kept = sorted((study.root / "trajectories").glob("*/*.safetensors"))
+        assert len(kept) == 4
+        kept[0].unlink()
+    one, other = weights("first"), weights("second")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--nproc-per-node=2"],
+    "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--mixed_precision=no"],
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_other_launchers_start_ranks_too(prepared: MakeStudy, launcher: str) -> None:
+    """On a CPU `accelerate launch` starts two processes with `--multi_gpu` only; the study's device is still the
+    CPU."""
+    arm = {"method": "diffusion_dpo"}
+    study = prepared(arms={"two": arm, "parts": {**arm, "training": {"micro_batch": 2}}}, training={"steps": 2})
+    Path("study.json").write_text(dump_study(study))
+    port = f"--{'master-port' if launcher == 'torchrun' else 'main_process_port'}={ranks._free_port()}"
+    command = [sys.executable, "-m", *LAUNCHERS[launcher], port, "-m", "invdpo.cli", "train"]
+    options = ["--study", "study.json", "--arm", "two", "--seed", "0", "--threads", "1"]
+    # No configuration of accelerate's of whoever runs the tests.
+    done = subprocess.run(
+        [*command, *options], env=os.environ | {"HF_HOME": "none"}, capture_output=True, text=True, timeout=SLOW
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((out("two") / "run.json").read_text())["processes"] == 2
+    train(study, "parts")
+    one, other = weights("two"), weights("parts")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_what_accelerate_is_not_left_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ranks.NOT_LEFT_TO_ACCELERATE:
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "true")
+            with pytest.raises(InvdpoError, match=f"{name}=true: .*would be ignored.*`training.shard: true`"):
+                ranks.join(CPU)
+            patch.setenv(name, "false")
+            assert ranks.join(CPU) == (ranks.Ranks(), CPU)
+
+
 def test_what_cannot_be_shared_is_refused(prepared: MakeStudy) -> None:
     kto = {"method": "diffusion_kto"}
     study = prepared(arms={"kto": kto, "cut": {"method": "diffusion_dpo", "training": {"micro_batch": 4}}})
     with pytest.raises(InvdpoError, match=r"shared by 2 process.*kto.*`processes: 1`"):
         loop._check_passes(study.arm("kto"), ranks.Ranks(0, 2))
+    likelihood = prepared(arms={"arm": {"method": "likelihood_dpo", "training": {"shard": True}}}).arm("arm")
+    loop._check_passes(likelihood, ranks.Ranks())
+    with pytest.raises(InvdpoError, match=r"`arms.arm`: `training.shard` and recipe likelihood_dpo exclude each other"):
+        loop._check_passes(likelihood, ranks.Ranks(0, 2))
     with pytest.raises(InvdpoError, match=r"`arms.dpo.training`: 3 processes cannot share batch 4 equally"):
         loop._check_passes(study.arm("dpo"), ranks.Ranks(0, 3))
     with pytest.raises(InvdpoError, match=r"micro_batch 4 does not divide a process's share 2 of batch 4"):

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -221,6 +222,36 @@ def test_resumed_run_equals_an_uninterrupted_one(
     assert (out() / "checkpoints/step000002/unet" / WEIGHTS).read_bytes() == early
     assert [without_cost(row) for row in rows()] == [without_cost(row) for row in whole_rows]
     assert [row["seconds"] for row in rows()] == sorted(row["seconds"] for row in rows())
+
+
+def test_the_state_is_saved_when_so_many_minutes_have_passed(
+    study_with_cache: MakeStudy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten minutes a step: after the third and every third from a checkpoint on."""
+    step, save, clock, saved = loop.Stepper.step, loop.state.save_state, [0.0], []
+
+    def stepping(self: loop.Stepper) -> dict[str, Any]:
+        clock[0] += 600
+        return step(self)
+
+    def saving(*arguments: Any) -> None:
+        saved.append(arguments[3].step)
+        save(*arguments)
+
+    ours = types.SimpleNamespace(monotonic=lambda: clock[0], perf_counter=time.perf_counter, time=time.time)
+    monkeypatch.setattr(loop, "time", ours)
+    monkeypatch.setattr(loop.Stepper, "step", stepping)
+    monkeypatch.setattr(loop.state, "save_state", saving)
+    settings = {"steps": 8, "batch": 2, "checkpoints": [4]}
+    found = []
+    for minutes in (None, 25):
+        study = study_with_cache(training=settings | {"save_minutes": minutes})
+        shutil.rmtree("results/tiny/state", ignore_errors=True)
+        train(study)
+        found.append((saved[:], weights()))
+        saved.clear()
+    assert [steps for steps, _ in found] == [[4, 8], [3, 4, 7, 8]]
+    assert found[0][1] == found[1][1]
 
 
 def test_ctrl_c_on_the_command_line_stops_cleanly_and_resumes(study_with_cache: MakeStudy, tmp_path: Path) -> None:

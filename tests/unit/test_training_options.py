@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.attention_processor import AttnProcessor2_0
 from safetensors.torch import load_file
 
 from invdpo import evaluate, objectives
@@ -281,6 +282,60 @@ def test_both_networks_are_compiled(prepared: MakeStudy, monkeypatch: pytest.Mon
     assert same(weights("plain"), weights("compiled"))
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_unet_predicts_the_same(tiny_base: Path) -> None:
+    """By torch's own compiler, as `training.compile` has it."""
+    plain, compiled = (pipeline.load_unet(tiny_base, CPU).requires_grad_(False) for _ in range(2))
+    loop._arrange(compiled, TrainingConfig.model_validate({"compile": True}))
+    torch._dynamo.utils.counters.clear()
+    torch.testing.assert_close(
+        pipeline.UNetEps(compiled)(*some_input()), pipeline.UNetEps(plain)(*some_input()), rtol=1e-4, atol=1e-5
+    )
+    stats = torch._dynamo.utils.counters["stats"]
+    assert stats["unique_graphs"] == 1 and stats["calls_captured"] > 100
+    assert compiled.state_dict().keys() == plain.state_dict().keys()
+
+
+def test_attention_is_torchs_scaled_dot_product_attention(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which takes a fused kernel where there is one, with no setting for it."""
+    unet = pipeline.load_unet(tiny_base, CPU)
+    processors = unet.attn_processors
+    assert processors and {type(each) for each in processors.values()} == {AttnProcessor2_0}
+    real, calls = torch.nn.functional.scaled_dot_product_attention, []
+
+    def attention(*arguments: Any, **options: Any) -> torch.Tensor:
+        calls.append(1)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+    with torch.no_grad():
+        pipeline.UNetEps(unet)(*some_input())
+    assert len(calls) == len(processors)
+
+
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [
+        ({"optimizer": "adafactor"}, "optimizer: adafactor"),
+        ({"optimizer": "adamw_8bit"}, "optimizer: adamw_8bit"),
+        ({"lora": ADAPTERS}, "lora"),
+        ({"reference_offload": True}, "reference_offload"),
+        ({"channels_last": True}, "channels_last"),
+        ({"compile": True}, "compile"),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused(prepared: MakeStudy, other: dict[str, Any], named: str) -> None:
+    prepared(training=other)
+    with pytest.raises(InvdpoError, match=f"training.*shard and {named} exclude each other: "):
+        prepared(training=other | {"shard": True})
+
+
+def test_where_and_how_safely_a_run_is_trained_is_no_part_of_its_hash(prepared: MakeStudy) -> None:
+    plain = prepared().arm("dpo").hash
+    for change in ({"save_minutes": None}, {"save_minutes": 5}, {"shard": True}, {"processes": 2}):
+        assert prepared(training=change).arm("dpo").hash == plain
+
+
 def optimizer_of(**training: Any) -> torch.optim.Optimizer:
     parameter = torch.nn.Parameter(torch.ones(3, 3))
     return optim.build_optimizer([parameter], TrainingConfig.model_validate(training), 0.1)
@@ -336,7 +391,11 @@ def test_the_advice_begins_with_what_bounds_the_graph(prepared: MakeStudy) -> No
     arm = {"method": "diffusion_dpo"}
     assert advice(arm, prepared) == ["micro_batch", "chunk", *rest]
     assert advice({**arm, "training": {"chunk": 4}}, prepared) == ["chunk", "micro_batch", *rest]
-    assert advice({**arm, "training": {"chunk": 4}}, prepared, processes=2) == ["micro_batch", "chunk", *rest]
+    several = [*rest[:3], "shard", *rest[3:]]
+    assert advice({**arm, "training": {"chunk": 4}}, prepared, processes=2) == ["micro_batch", "chunk", *several]
+    sharded = {**arm, "training": {"chunk": 4, "shard": True}}
+    few = ["gradient_checkpointing", "resolution", "processes"]
+    assert advice(sharded, prepared, processes=2) == ["micro_batch", "chunk", *few]
     lean = {"micro_batch": 1, "chunk": 1, "gradient_checkpointing": True, "optimizer": "adafactor"}
     assert advice({**arm, "training": lean}, prepared) == ["reference_offload", "resolution", "lora"]
     assert advice({**arm, "training": {**lean, "lora": {"rank": 4}}}, prepared) == ["resolution"]

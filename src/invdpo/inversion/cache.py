@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Protocol
@@ -69,9 +69,17 @@ class TrajectoryCache:
     thirty-second and an entry meanwhile.
     """
 
-    def __init__(self, folder: Path, limit_bytes: int, model: str, savings: Savings | None = None) -> None:
-        """model: what identifies the frozen model's predictions, from `identity`. savings: counted on from there."""
-        self.folder, self.limit_bytes, self.model = folder, limit_bytes, model
+    def __init__(
+        self,
+        folder: Path,
+        limit_bytes: int,
+        model: str,
+        savings: Savings | None = None,
+        agree: Callable[[bool], bool] = bool,
+    ) -> None:
+        """model: what identifies the frozen model's predictions, from `identity`. savings: counted on from there.
+        agree: whether a trajectory is taken that was found or not, for processes that can only invert together."""
+        self.folder, self.limit_bytes, self.model, self.agree = folder, limit_bytes, model, agree
         self.savings = Savings() if savings is None else savings
         self._unseen = limit_bytes  # bytes written since the files were last looked at
 
@@ -93,7 +101,8 @@ class TrajectoryCache:
         key = self._key(x0, cond, schedule, steps, solver, guidance_scale, label)
         path = self.folder / key[:2] / f"{key}.safetensors"
         self.savings.asked += 1
-        if (found := _read(path, x0.device)) is not None:
+        found = _read(path, x0.device)
+        if self.agree(found is not None) and found is not None:
             trajectory, seconds = found
             self.savings.found += 1
             self.savings.unet_evals += trajectory.unet_evals

@@ -45,15 +45,18 @@ def backward(
     inverter: Inverter = invert,
     cond_lose: Conditioning | None = None,
     reference_first: bool = False,
+    final_at_once: bool = False,
 ) -> LossOutput:
     """Accumulate the gradient of loss_scale times `preference_loss` into `.grad`, equal to it up to float rounding.
 
     chunk: latents in a network call, and with their graph alive, at most (None: no limit); memory is then flat in the
     number of timesteps. Where everything fits, one forward and one backward pass suffice. The output's loss is unscaled
     and everything in it detached. Gradients are final only on return: act on them after it, not in hooks (as
-    distributed training does). inverter: what computes whole trajectories of the reference, for example a
-    `TrajectoryCache` of it. reference_first: the reference predicts at all points before the policy is compared at the
-    first, so that one that is not always on the GPU comes there once; its predictions are kept, a latent a point.
+    distributed training does), or set final_at_once, with which what a backward pass adds is final when the pass ends:
+    one pair whose points are more than a chunk then takes a forward pass more. inverter: what computes whole
+    trajectories of the reference, for example a `TrajectoryCache` of it. reference_first: the reference predicts at all
+    points before the policy is compared at the first, so that one that is not always on the GPU comes there once; its
+    predictions are kept, a latent a point.
     Raises InvdpoError as `preference_loss` does, and for a chunk below 1.
     """
     arguments = (recipe, policy, reference, x0_win, x0_lose, cond, schedule, generator, chunk, strength, cond_lose)
@@ -72,7 +75,7 @@ def backward(
         return LossOutput(out.loss.detach(), out.logratio_win.detach(), lose, evals)
     if recipe.loss.kind == "winner_only":
         measured = _stream(batch, torch.full((1, batch.rows), -loss_scale / batch.rows, dtype=torch.float64))
-    elif batch.pairs == 1 and recipe.loss.kind == "dpo":
+    elif batch.pairs == 1 and recipe.loss.kind == "dpo" and not final_at_once:
         measured = _one_pair(batch, loss_scale)
     else:
         forwards = 2
@@ -112,7 +115,12 @@ def _stream(
 
 def _one_pair(batch: Batch, loss_scale: float) -> Tensor:
     """One pair has one scalar L'(s), s the difference of its log-ratios, which can be applied after the gradient of s
-    is complete: no first pass."""
+    is complete: no first pass.
+
+    Gradients that were there before are set aside meanwhile, so from the second micro-batch of a step on, a second set
+    of them is in memory: 10.3 GB for SDXL in fp32. L'(s) is known only when all is summed, and two different ones can
+    share no sum.
+    """
     stash: dict[Tensor, Tensor | None] = {}
     # beta goes in first: with it, loss_scale keeps half-precision gradients in range as in one backward pass.
     beta = batch.recipe.beta

@@ -35,7 +35,7 @@ from invdpo.preferences.order import pair_order
 from invdpo.provenance import code_hash, lock_hash, peak_memory, stamp
 from invdpo.schedule import NoiseSchedule
 from invdpo.tracking.live import live_run
-from invdpo.training import lora, state
+from invdpo.training import lora, shards, state
 from invdpo.training.data import draw
 from invdpo.training.offload import Offloaded
 from invdpo.training.optim import build_optimizer, distance, warmed_up
@@ -90,7 +90,9 @@ def train(study: StudyConfig, arm_name: str, seeds: list[int], device: torch.dev
         for run in runs:
             run.publish()
         return
-    place = torch.device("cpu") if arm.training.reference_offload else device
+    # Where the whole base does not stay on the device, it need not fit there either.
+    elsewhere = arm.training.reference_offload or runs[0].sharded
+    place = torch.device("cpu") if elsewhere else device
     with memory_for(f"{arm_name}: the base", ["a larger GPU: even its weights alone do not fit"]):
         base = load_unet(study.base, place, arm.training.gradient_checkpointing, variant=study.variant)
     schedule = load_schedule(study.base)
@@ -104,6 +106,12 @@ def train(study: StudyConfig, arm_name: str, seeds: list[int], device: torch.dev
 def _check_passes(arm: ArmConfig, ranks: Ranks) -> None:
     """A loss that looks at its whole batch cannot be summed over parts of it."""
     training = arm.training
+    if training.shard and ranks.size > 1 and arm.trains and arm.recipe.log_ratio.form == "likelihood":
+        raise InvdpoError(
+            f"`arms.{arm.name}`: `training.shard` and recipe {arm.recipe.name} exclude each other: the gradient of its "
+            "log-ratio (`log_ratio.form: likelihood`) goes through gradients, for which FSDP does not gather the "
+            "weights again. Leave `shard` out for this arm."
+        )
     try:
         pairs = training.pairs_a_pass(ranks.size)
     except ValueError as error:
@@ -160,6 +168,7 @@ class Run:
         self.seed = seed
         self.device = device
         self.ranks = ranks or Ranks()
+        self.sharded = arm.training.shard and self.ranks.size > 1
         self.name = f"{arm.name}/seed{seed}"
         self.out = study.root / "runs" / arm.name / f"seed{seed}"
         self.state = study.root / "state" / arm.name / f"seed{seed}" / arm.hash
@@ -187,6 +196,8 @@ class Run:
                 log.warning(f"{self.name}: {', '.join(changed)} changed since it was trained: it starts from zero")
                 remove(self.state)
         write_json(path, identity)
+        for left in self.state.glob(".*.part"):  # by a process that was killed while it wrote
+            remove(left)
         made_by = _made_by(self.out / "run.json")
         if made_by not in (None, self.arm.hash):
             log.warning(
@@ -226,12 +237,19 @@ class Run:
                 inverter = self._inverter(reference, dtype, savings)
                 if training.lora is not None:
                     policy = adapted = lora.attach(base, training.lora, self.seed)
+                elif self.sharded:
+                    policy = self._shard(initial_policy(base, self.arm.initial_rounding))
+                    # `base` stays whole, on the CPU, for the next seed.
+                    kept = self._shard(copy.deepcopy(base))
+                    reference, base = kept if reference is base else self._shard(reference), kept
                 else:
                     policy = initial_policy(base, self.arm.initial_rounding).to(self.device)  # pyright: ignore[reportArgumentType]
                 for unet in (policy, reference):
                     _arrange(unet, training)
                 trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-                optimizer = build_optimizer(trainable, training, self.arm.learning_rate)
+                optimizer = build_optimizer(
+                    shards.parts(policy) if self.sharded else trainable, training, self.arm.learning_rate
+                )
                 progress = state.load_state(self.state, policy, optimizer)
                 stepper = Stepper(
                     self, policy, reference, base, optimizer, schedule, cache, dtype, progress, inverter, savings
@@ -272,13 +290,14 @@ class Run:
             self.publish()
         elif stepper.fp16:
             progress.loss_scale = FP16_LOSS_SCALE
-        saved = progress.step
+        saved, saved_at = progress.step, time.monotonic()
+        limit = math.inf if training.save_minutes is None else 60 * training.save_minutes
 
         def save() -> None:
-            nonlocal saved
-            if ranks.writes:
-                state.save_state(self.state, policy, optimizer, progress)
-            saved = progress.step
+            nonlocal saved, saved_at
+            if ranks.writes or self.sharded:
+                state.save_state(self.state, policy, optimizer, progress, ranks.writes)
+            saved, saved_at = progress.step, time.monotonic()
 
         bar = tqdm(
             total=training.steps,
@@ -291,13 +310,14 @@ class Run:
         lower = remedies(self.arm, ranks)
         shown = (self.study, self.arm.name, self.seed, progress.rows, self.device)
         watched = live_run(*shown) if ranks.writes else nullcontext()
-        with bar, stop_requests() as stop, watched as show:
+        together = shards.calling() if self.sharded else nullcontext()
+        with bar, stop_requests() as stop, watched as show, together:
             while progress.step < training.steps:
                 with memory_for(f"{self.name}: step {progress.step + 1}", lower):
                     row = stepper.step()
                 if show is not None:
                     show(row)
-                stopped = self._agree(row, stop.is_set())
+                stopped, late = self._agree(row, stop.is_set(), time.monotonic() - saved_at >= limit)
                 bar.update()
                 bar.set_postfix(loss=f"{row['loss']:.4g}", refresh=False)
                 if progress.step in training.grid:
@@ -305,6 +325,8 @@ class Run:
                     save()
                     self.publish()
                     log.debug(f"{self.name}: step {progress.step}, loss {row['loss']:.6g}")
+                elif late:
+                    save()
                 if stopped and progress.step < training.steps:
                     if saved != progress.step:
                         save()
@@ -314,14 +336,14 @@ class Run:
                     )
                     raise KeyboardInterrupt
 
-    def _agree(self, row: dict[str, Any], stop: bool) -> bool:
-        """Whether any process was asked to stop; the row then tells the largest memory of all.
+    def _agree(self, row: dict[str, Any], stop: bool, late: bool) -> tuple[bool, bool]:
+        """Whether any process was asked to stop, and whether the first one's clock says that it is time to save; the
+        row then tells the largest memory of all.
 
         Raises InvdpoError where the processes have come to have different weights.
         """
-        stops, memory, distances = zip(
-            *self.ranks.gather((stop, row["memory_bytes"], row["reference_distance"])), strict=True
-        )
+        own = stop, late, row["memory_bytes"], row["reference_distance"]
+        stops, overdue, memory, distances = zip(*self.ranks.gather(own), strict=True)
         row["memory_bytes"] = max(memory)
         if len(set(distances)) > 1:
             raise InvdpoError(
@@ -329,12 +351,18 @@ class Run:
                 f"the reference are {', '.join(map(str, distances))}). Train on GPUs of one kind, with one version of "
                 "the libraries; the last saved state is from before."
             )
-        return any(stops)
+        return any(stops), overdue[0]
+
+    def _shard(self, unet: UNet2DConditionModel) -> UNet2DConditionModel:
+        return shards.shard(unet, self.device, self.ranks.size)
 
     def _keep(self, policy: UNet2DConditionModel, step: int, adapted: UNet2DConditionModel | None) -> None:
         """The checkpoint of a step: a whole UNet, with what adapters add merged into a fresh copy of the base."""
+        weights = shards.gathered(policy.state_dict(), self.ranks.writes) if self.sharded else None
         if not self.ranks.writes:
             return
+        if weights is not None:
+            policy = shards.unet_of(policy, weights)
         if adapted is not None:
             fresh = load_unet(self.study.base, torch.device("cpu"), variant=self.study.variant)
             policy = lora.merged(adapted, fresh)
@@ -348,7 +376,9 @@ class Run:
         if limit is None or not whole:
             return invert
         model = f"{identity(reference, dtype)} told in {recipe.reference_label_dtype}"
-        return TrajectoryCache(self.study.root / TRAJECTORIES, int(limit * 1e9), model, savings).invert
+        # A sharded reference inverts with all processes: where one has to, all do.
+        agree = (lambda found: all(self.ranks.gather(found))) if self.sharded else bool
+        return TrajectoryCache(self.study.root / TRAJECTORIES, int(limit * 1e9), model, savings, agree).invert
 
     def _describe(
         self, progress: state.Progress, started: float, dtype: torch.dtype | None, extra: dict[str, Any]
@@ -412,6 +442,10 @@ class Stepper:
             self.policy = self.reference.released_before(self.policy)
         # After offloading, which puts the weights into other memory.
         self.base_parameters: list[Tensor] = list(lora.base_weights(base))
+        self.sharded, self.networks = run.sharded, (policy, reference)
+        if run.sharded:
+            self.parameters = optimizer.param_groups[0]["params"]  # this process's parts
+            self.base_parameters = [shards.part(value) for value in self.base_parameters]
         self.distance = partial(distance, self.parameters, self.base_parameters)
         if run.arm.training.lora is not None:
             self.distance = partial(lora.distance, policy)
@@ -423,7 +457,8 @@ class Stepper:
         if run.arm.recipe.loss.weight_by_strength:
             assert cache.scores is not None  # `train` asks for them
             self.strength = strengths(cache.scores)
-        self.reference_norm = float(torch.linalg.vector_norm(torch.stack([p.norm() for p in self.base_parameters])))
+        norm = torch.linalg.vector_norm(torch.stack([p.norm() for p in self.base_parameters]))
+        self.reference_norm = float(self._of_all(norm))
 
     def step(self) -> dict[str, Any]:
         """One optimizer step; returns its row of train.jsonl.
@@ -437,8 +472,9 @@ class Stepper:
         while True:
             outputs = self._accumulate(number)
             gradients = [p.grad for p in self.parameters if p.grad is not None]
-            self.ranks.add(gradients)
-            norm = torch.nn.utils.get_total_norm(gradients) / progress.loss_scale
+            if not self.sharded:  # whose parts are sums already
+                self.ranks.add(gradients)
+            norm = self._of_all(torch.nn.utils.get_total_norm(gradients)) / progress.loss_scale
             loss, numbers = self._exchange(outputs)
             if not math.isfinite(loss):
                 self._fail(number, "loss", loss)
@@ -453,13 +489,15 @@ class Stepper:
         self._update(norm, rate)
         if isinstance(self.reference, Offloaded):
             self.reference.release()
+        if self.sharded and self.arm.recipe.calls_reference:
+            shards.forget_calls(self.networks[1])
         progress.step = number
         progress.pairs_seen += training.batch
         if self.fp16:
             progress.good_steps += 1
             if progress.good_steps == FP16_GROWTH_INTERVAL:
                 progress.loss_scale, progress.good_steps = progress.loss_scale * 2, 0
-        grad_norm, moved = torch.stack([norm.float(), self.distance().float()]).tolist()
+        grad_norm, moved = torch.stack([norm.float(), self._of_all(self.distance()).float()]).tolist()
         # As if nothing had been found: a method's time must not depend on which other method ran first.
         progress.seconds += time.perf_counter() - began + progress.savings.seconds - saved
         row = {
@@ -479,7 +517,8 @@ class Stepper:
 
     def _accumulate(self, number: int) -> list[objectives.LossOutput]:
         """Forward and backward of every micro-batch of this process; gradients carry fp16's loss scale, and each
-        process's are its part of the whole batch's."""
+        process's are its part of the whole batch's, or where weights are sharded the whole batch's for its part of
+        them."""
         training = self.arm.training
         self.optimizer.zero_grad(set_to_none=True)
         chosen = pair_order(self.seed, number, training.batch, len(self.cache))
@@ -513,9 +552,20 @@ class Stepper:
                     inverter=self.inverter,
                     cond_lose=batch.cond_lose,
                     reference_first=training.reference_offload,
+                    final_at_once=self.sharded,
                 )
             )
+        if self.sharded:
+            shards.move_gradients(self.networks[0], self.parameters)
         return outputs
+
+    def _of_all(self, norm: Tensor) -> Tensor:
+        """The norm of weights or gradients, of this process's: the same where it has all of them."""
+        if not self.sharded:
+            return norm
+        square = norm.double().square()
+        self.ranks.add([square])
+        return square.sqrt().to(norm)
 
     def _update(self, norm: Tensor, rate: float) -> None:
         """Unscale, clip to the total norm, and step."""
@@ -597,14 +647,19 @@ def remedies(arm: ArmConfig, ranks: Ranks, before_steps: bool = False) -> list[s
         found += smaller + fewer if chunk < latents else fewer + smaller
         if not training.gradient_checkpointing:
             found.append("`training.gradient_checkpointing: true`")
-    if not training.reference_offload and training.lora is None:
+    whole = training.lora is None and not training.shard
+    if whole and not training.reference_offload:
         found.append("`training.reference_offload: true`")
-    if training.optimizer == "adamw" and training.lora is None:
+    if whole and training.optimizer == "adamw":
         found.append("`training.optimizer: adafactor`")
+        if ranks.size > 1:
+            found.append("`training.shard: true` in place of those two")
     if not before_steps:
         found.append(f"`training.resolution` for the whole study (now {training.resolution})")
-    if training.lora is None:
+    if whole:
         found.append("`training.lora: {rank: 4}`, which is another method")
+    if training.shard:
+        found.append(f"`training.processes`, of which more hold less each (now {ranks.size})")
     return found or ["a larger GPU"]
 
 

@@ -6,7 +6,8 @@ A process is told its place by torchrun's variables (RANK, WORLD_SIZE, …), whi
 Not DistributedDataParallel: it sums in hooks of every backward pass, and a step here makes many (one a network call),
 some of whose gradients are scaled afterwards (`objectives.streaming`). Each process accumulates its own, and one sum a
 step makes them the whole batch's. The released script goes around its own DDP wrapper, so that its processes never
-exchange a gradient and their weights part (train_ddim.py:1225-1230).
+exchange a gradient and their weights part (train_ddim.py:1225-1230). Where weights are sharded, FSDP does sum in hooks:
+`training.shards`.
 """
 
 from __future__ import annotations
@@ -39,6 +40,13 @@ TIMEOUT = timedelta(hours=1)
 LOST = 75  # exit status of a process that stops only because another one did (EX_TEMPFAIL of sysexits.h)
 STOPPED = 130  # exit status of `invdpo` after a clean stop
 GRACE = 5.0  # seconds that the others get to end by themselves when one has died
+# What `accelerate launch` tells programs that leave the distribution of a model to accelerate.
+NOT_LEFT_TO_ACCELERATE = (
+    "ACCELERATE_USE_FSDP",
+    "ACCELERATE_USE_DEEPSPEED",
+    "ACCELERATE_USE_MEGATRON_LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG",
+)
 LAUNCHED = "INVDPO_LAUNCHED"  # set where the standard input is a pipe that closes when the launcher dies
 
 
@@ -69,7 +77,7 @@ class Ranks:
             return
         for bucket in _buckets(tensors):
             flat = torch.cat([tensor.flatten() for tensor in bucket])
-            with _others_alive():
+            with others_alive():
                 torch.distributed.all_reduce(flat)
             for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
                 tensor.copy_(part.view(tensor.shape))
@@ -79,7 +87,7 @@ class Ranks:
         if self.size == 1:
             return [value]
         found: list[Value | None] = [None] * self.size
-        with _others_alive():
+        with others_alive():
             torch.distributed.all_gather_object(found, value)
         return found  # pyright: ignore[reportReturnType]
 
@@ -91,8 +99,16 @@ class Ranks:
 def join(device: torch.device) -> tuple[Ranks, torch.device]:
     """This process's place among those that were started together, and the device that is its own.
 
-    Raises InvdpoError where there are too few GPUs, or the others cannot be reached.
+    Raises InvdpoError where accelerate is asked for what would be ignored, where there are too few GPUs, or where the
+    others cannot be reached.
     """
+    for name in NOT_LEFT_TO_ACCELERATE:
+        if os.environ.get(name, "").lower() in ("1", "true", "yes", "on"):
+            raise InvdpoError(
+                f"{name}={os.environ[name]}: `invdpo train` leaves to accelerate only to join the processes, so this "
+                "would be ignored. Start it without (`accelerate launch` sets it by an option, or from the file of "
+                "`accelerate config`), and set `training.shard: true` for FSDP."
+            )
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Ranks(), device
     from accelerate import PartialState
@@ -229,10 +245,14 @@ def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def _others_alive() -> Iterator[None]:
+def others_alive() -> Iterator[None]:
+    """End this process with status LOST where an exchange with the others fails."""
     try:
         yield
     except RuntimeError as error:
+        # Where networks are sharded, their calls are exchanges: every other error is their own.
+        if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
+            raise
         log.warning(f"another process of this run is gone ({' '.join(str(error).split())[:200]})")
         sys.stderr.flush()
         os._exit(LOST)

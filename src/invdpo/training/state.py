@@ -20,7 +20,7 @@ from torch import Tensor
 from invdpo.errors import InvdpoError
 from invdpo.files import mirror, remove, replace_when_done, write_json
 from invdpo.inversion.cache import Savings
-from invdpo.training import lora
+from invdpo.training import lora, shards
 
 if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -44,13 +44,20 @@ class Progress:
     rows: list[dict[str, Any]] = field(default_factory=list)
 
 
-def save_state(folder: Path, policy: torch.nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
-    """Write weights, optimizer and counters as one file, and the log up to here beside it."""
-    content = {
-        "policy": trained(policy),
-        "optimizer": optimizer.state_dict(),
-        "progress": asdict(progress),
-    }
+def save_state(
+    folder: Path, policy: torch.nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, writes: bool = True
+) -> None:
+    """Write weights, optimizer and counters as one file, and the log up to here beside it.
+
+    writes: whether this process does; of sharded weights (`shards`) all must call this.
+    """
+    weights, moments = trained(policy), optimizer.state_dict()
+    if shards.is_sharded(policy):
+        moments = shards.gathered_optimizer(moments, list(weights.values()), writes)
+        weights = shards.gathered(weights, writes)
+    if not writes:
+        return
+    content = {"policy": weights, "optimizer": moments, "progress": asdict(progress)}
     with replace_when_done(folder / "state.pt") as temporary, open(temporary, "wb") as stream:
         torch.save(content, stream)
     write_rows(folder / "train.jsonl", progress.rows)
@@ -69,11 +76,18 @@ def load_state(folder: Path, policy: torch.nn.Module, optimizer: torch.optim.Opt
     path = folder / "state.pt"
     if not path.is_file():
         return Progress()
-    device = next(policy.parameters()).device
+    weights = trained(policy)
+    cut = shards.is_sharded(policy)
+    device = torch.device("cpu") if cut else next(policy.parameters()).device
     try:
-        content = torch.load(path, map_location=device, weights_only=True)
-        for name, value in trained(policy).items():
-            value.copy_(content["policy"][name])
+        content = torch.load(path, map_location=device, weights_only=True, mmap=cut)
+        if cut:
+            content["optimizer"] = shards.cut_optimizer(content["optimizer"], list(weights.values()))
+        for name, value in weights.items():
+            if cut:
+                shards.part(value).copy_(shards.part_of(content["policy"][name], value))
+            else:
+                value.copy_(content["policy"][name])
         optimizer.load_state_dict(content["optimizer"])
     except (OSError, RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
