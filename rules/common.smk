@@ -27,6 +27,9 @@ SHAPES_XL = "results/world/shapes_xl"  # a base that a rule makes
 GRID = tuned_file(study.study).with_suffix(".csv")  # what every method reached with every value that was tried
 TRAINED = [name for name in study.arms if study.arm(name).trains]
 UNTRAINED = [name for name in study.arms if not study.arm(name).trains]
+# What `invdpo plan --save` expects of each arm, where it was asked.
+PLAN = Path(study.root, "plan.json")
+PLANNED = json.loads(PLAN.read_text())["arms"] if PLAN.is_file() else {}
 
 
 def one_of(arms):
@@ -254,6 +257,12 @@ def train_threads(wildcards):
 
 def train_gpus(wildcards):
     return GPU * processes(wildcards)
+
+
+def train_minutes(wildcards):
+    """Minutes that a scheduler gives an arm: twice as long as planned and an hour to start, or two days."""
+    arm = PLANNED.get(wildcards.arm)
+    return 2880 if arm is None else 60 + round(2 * 60 * arm["train_hours"] / arm["devices"])
 
 
 def arm_cost(wildcards):

@@ -1,16 +1,6 @@
 # One job trains one arm, all seeds: importing the libraries costs more than a small run.
 # What a run resumes from lies undeclared in <results>/state, because Snakemake deletes the declared outputs of a failed job.
 
-# What `invdpo plan --save` expects of each arm, where it was asked.
-PLAN = Path(study.root, "plan.json")
-PLANNED = json.loads(PLAN.read_text())["arms"] if PLAN.is_file() else {}
-
-
-def train_minutes(wildcards):
-    """Minutes that a scheduler gives an arm: twice as long as planned and an hour to start, or two days."""
-    arm = PLANNED.get(wildcards.arm)
-    return 2880 if arm is None else 60 + round(2 * 60 * arm["train_hours"] / arm["devices"])
-
 
 rule train:
     input:
