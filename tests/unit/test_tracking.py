@@ -87,6 +87,9 @@ def test_a_run_has_its_curves_tags_and_times(synced) -> None:
     assert min(m.timestamp for m in losses) == 1_750_000_000_000 + 25  # 0.02 s x 1.25 after the start
     scores = client.get_metric_history(run.info.run_id, "eval/pickscore")
     assert sorted(m.step for m in scores) == [10, 20, 40]
+    base = runs_of(client, study, "comparison")["base-toy-s0"].data.metrics["eval/pickscore"]
+    gains = client.get_metric_history(run.info.run_id, "eval/pickscore_delta_vs_base")
+    assert {m.step: m.value + base for m in gains} == pytest.approx({m.step: m.value for m in scores})
     last = run.data.metrics
     assert last["eval/pickscore_delta_vs_base_lo"] < last["eval/pickscore_delta_vs_base"]
     assert last["eval/pickscore_delta_vs_base"] < last["eval/pickscore_delta_vs_base_hi"]

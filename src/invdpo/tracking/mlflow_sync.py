@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from invdpo.config import StudyConfig
 
 # Part of every content hash: raise it when the imported form changes, and every run is imported again.
-FORMAT = "2"
+FORMAT = "3"
 BATCH = 900  # MLflow takes at most 1,000 metrics, parameters and tags a call
 NOTE_LENGTH = 19_000  # MLflow refuses notes of more than 20,000 characters
 LARGEST = 2_000_000  # bytes of a table or figure that is copied
@@ -66,7 +66,7 @@ HELD_OUT = "held_out"
 NOTES = {
     "comparison": "**Which method raises the scores most?** One run per method and training seed (Table 1, Fig. 3). "
     "Select the runs, *Compare*, and group by the tag `arm`. `eval/*_delta_vs_base` is the paired gain over the base "
-    "model at the last checkpoint, with its 95 % interval over prompts in `_lo` and `_hi`.",
+    "model at each checkpoint, with its 95 % interval over prompts in `_lo` and `_hi`.",
     "q_vs_p": "**Is one timestep of the inversion (p) better than one of the forward noise (q)?** Table S5; group by "
     "`arm`.",
     "inversion_steps": "**Do more inversion steps help?** Table 3. One run per family and training seed; the step axis "
@@ -183,7 +183,7 @@ def _model(study: StudyConfig, arm: str, seed: int, record: dict[str, Any]) -> _
 
 
 def _scores_metrics(evidence: Evidence, arm: str, seed: int, at: dict[int, int]) -> list[tuple[str, float, int, int]]:
-    """eval/<scorer> at every checkpoint, and at the last one the paired gain and win rate over the base."""
+    """At every checkpoint eval/<scorer>, and its paired gain and win rate over the base with intervals over prompts."""
     if not evidence.has(arm):
         return []
     scores, base = evidence.scores[arm], baseline_of(evidence.study, arm)
@@ -192,18 +192,16 @@ def _scores_metrics(evidence: Evidence, arm: str, seed: int, at: dict[int, int])
     row = scores.seeds.index(seed) if scores.trained else 0
     found = []
     for scorer, values in scores.values.items():
-        for k, step in enumerate(scores.steps):
-            found.append((f"eval/{scorer}", float(values[k, row].mean()), at[step], step))
-        if base is None or arm == base or not evidence.has(base, scorer):
-            continue
-        last = scores.steps[-1]
-        first = evidence.final(base, scorer)[:1]
-        gain = mean_interval(values[-1, row : row + 1] - first)
-        wins = win_rate(values[-1, row : row + 1], first)
-        for suffix, interval in (("delta_vs_base", gain), ("win_rate_vs_base", wins)):
-            name = f"eval/{scorer}_{suffix}"
-            found += [(name, interval.estimate, at[last], last), (f"{name}_lo", interval.low, at[last], last),
-                      (f"{name}_hi", interval.high, at[last], last)]  # fmt: skip
+        first = None
+        if base is not None and arm != base and evidence.has(base, scorer):
+            first = evidence.final(base, scorer)[:1]
+        for step, here in zip(scores.steps, values[:, row : row + 1], strict=True):
+            found.append((f"eval/{scorer}", float(here.mean()), at[step], step))
+            if first is not None:
+                for suffix, interval in (("delta", mean_interval(here - first)), ("win_rate", win_rate(here, first))):
+                    name = f"eval/{scorer}_{suffix}_vs_base"
+                    ends = {name: interval.estimate, f"{name}_lo": interval.low, f"{name}_hi": interval.high}
+                    found += [(metric, value, at[step], step) for metric, value in ends.items()]
     return found
 
 
