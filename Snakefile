@@ -44,6 +44,7 @@ localrules:
     speed,
 
 
+include: "rules/own_samples.smk"
 include: "rules/preferences.smk"
 include: "rules/train.smk"
 include: "rules/evaluate.smk"

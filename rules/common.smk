@@ -24,6 +24,9 @@ SETTINGS = study.model_dump(mode="json")
 TUNING = SETTINGS.get("tuning") or {}
 STUDY = f"{study.root}/study.json"
 SHAPES_XL = "results/world/shapes_xl"  # a base that a rule makes
+OWN_SAMPLES = study.own_samples
+# What rules make of what studies name as if it were there.
+MADE = {SHAPES_XL, *([study.preferences] if OWN_SAMPLES else [])}
 GRID = tuned_file(study.study).with_suffix(".csv")  # what every method reached with every value that was tried
 TRAINED = [name for name in study.arms if study.arm(name).trains]
 UNTRAINED = [name for name in study.arms if not study.arm(name).trains]
@@ -63,6 +66,9 @@ CLAIMS = ("evidence/claims", "evidence/claims_held_out", "evidence/deviations", 
 EXPERIMENTS = ("experiments", "evidence/statistics", *TRAINING, *EVALUATION)
 
 MODULES = {
+    "sample": ("samples", *EVALUATION),
+    "score": ("score", "image_files", *EVALUATION),
+    "rank": ("rank", "image_files", *EVALUATION),
     "preferences": ENCODING,
     "train": TRAINING,
     "evaluate": EVALUATION,
@@ -163,7 +169,7 @@ def local(*places):
     files = []
     for place in places:
         path = Path(str(place or "").removeprefix("local-dir:"))
-        if place == SHAPES_XL:
+        if place in MADE:
             files.append(place)
         elif place and path.is_dir():
             files += sorted(file for file in path.rglob("*") if file.is_file())
@@ -345,7 +351,7 @@ PREFERENCES_KEY = digest(
     study.device,
     study.training.resolution,
     study.training.max_undecodable,
-    *filter(None, [study.vae, study.variant, PREPARED_AS, PAIR_SCORER]),
+    *filter(None, [study.vae, study.variant, PREPARED_AS, PAIR_SCORER, study.label_columns]),
 )
 EVALUATION_KEY = digest(
     study.base,
@@ -355,6 +361,16 @@ EVALUATION_KEY = digest(
     SETTINGS["scorers"],
     SETTINGS["sampling"],
     *filter(None, [study.vae, study.variant]),
+)
+# The samples that pairs are made of; what else decides them is in the files and the rules' own parameters.
+OWN_SAMPLES_KEY = digest(
+    study.base,
+    study.vae,
+    study.variant,
+    study.device,
+    study.precision,
+    study.training.resolution,
+    {key: SETTINGS["sampling"][key] for key in ("steps", "guidance_scale", "batch")},
 )
 DISTRIBUTION = SETTINGS["experiments"]["distribution"]
 APART = {*MEASURED, "held_out", "distribution"}

@@ -78,6 +78,8 @@ def check(study: StudyConfig) -> Findings:
     unets = _bases(study, found)
     _releases(study, found, unets)
     plan = found.of(_pairs, study)
+    if study.own_samples is not None:
+        found.of(read_prompts, study.own_samples.prompts)
     for source in _votes(study):
         found.of(_first_file, source)
     prompts = found.of(read_prompts, study.prompts)
@@ -87,7 +89,7 @@ def check(study: StudyConfig) -> Findings:
         found.note(found.of(one))
     room = found.of(_room, study, found.remote, plan, unets.get(_key(study)))
     found.lines.append(
-        f"{study.study}: base {study.base}, {_described(study, plan)} of preferences, "
+        f"{study.study}: base {study.base}, {_described(study, plan)}, "
         f"{'?' if prompts is None else len(prompts)} prompts, device {device or study.device}{room or ''}"
     )
     arms = {name: found.of(_arm, study, name) for name in study.arms}
@@ -168,8 +170,9 @@ def _release(source: str, base: Stored | None, wanted: str, found: Findings) -> 
 
 
 def _pairs(study: StudyConfig) -> Plan | int | None:
-    """The plan of a study's pairs; where no run draws any, how many rows there are; None without preferences."""
-    if not study.preferences:
+    """The plan of a study's pairs; where no run draws any, how many rows there are; None without preferences, and
+    where they are still to be made."""
+    if not study.preferences or (study.own_samples is not None and not Path(study.preferences).exists()):
         return None
     return make_plan(study) if any(study.draws.values()) else _first_file(study.preferences)
 
@@ -184,10 +187,13 @@ def _first_file(source: str) -> int:
 
 
 def _described(study: StudyConfig, plan: Plan | int | None) -> str:
+    if plan is None and (own := study.own_samples) is not None:
+        return f"preferences still to be made of {own.images} samples for each prompt of {own.prompts}"
     if not isinstance(plan, Plan):
-        return f"{plan or ('?' if study.preferences else 'no')} rows"
+        return f"{plan or ('?' if study.preferences else 'no')} rows of preferences"
     rows = f"{sum(plan.sizes)} rows"
-    return rows if Path(study.preferences).exists() else f"{rows} in {len(plan.shards)} of {plan.of} files"
+    some = "" if Path(study.preferences).exists() else f" in {len(plan.shards)} of {plan.of} files"
+    return f"{rows}{some} of preferences"
 
 
 def _votes(study: StudyConfig) -> list[str]:

@@ -268,6 +268,63 @@ def score(
 
 
 @app.command()
+def sample(
+    study: StudyOption,
+    prompts: Annotated[str, typer.Option(help="As a study's `prompts`: a file, or a published set by its name.")],
+    out: Annotated[Path, typer.Option(help="Folder for the images, and prompts.csv with their prompts.")],
+    images: Annotated[int, typer.Option(min=1, help="Images a prompt.")] = 4,
+    guidance_scale: Annotated[float | None, typer.Option(help="Default: the study's.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Of the noise; image k has that of seed + k. Default: the study's.")
+    ] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Delete images of other settings in --out.")] = False,
+    threads: ThreadsOption = None,
+    log_file: LogOption = None,
+) -> None:
+    """Draw several images a prompt from the study's base, as PNG files. The same command goes on where it was stopped.
+
+    Preference pairs of one's own samples, with any scores that `invdpo score` writes:
+
+        invdpo sample --study config/shapes.yaml --prompts prompts.txt --out samples
+
+        invdpo score samples --prompts samples/prompts.csv --study config/shapes.yaml --out scores.parquet
+
+        invdpo rank scores.parquet --images samples --by pickscore,aesthetic --out pairs.parquet
+    """
+    config = _start(study, threads, log_file)
+    device = _device(config)
+    from invdpo.samples import draw_samples
+
+    log.info(
+        str(
+            draw_samples(
+                config, prompts, images, out, device, guidance_scale=guidance_scale, seed=seed, replace=replace
+            )
+        )
+    )
+
+
+@app.command()
+def rank(
+    scores: Annotated[list[Path], typer.Argument(help="What `invdpo score` wrote of the images; one file or several.")],
+    images: Annotated[Path, typer.Option(help="The folder that was scored.")],
+    by: Annotated[str, typer.Option(help="Scores whose mean decides, as a,b (Eq. 17 of Inversion-DPO).")],
+    out: Annotated[Path, typer.Option(help="The pairs: a file that ends in .parquet.")],
+    log_file: LogOption = None,
+) -> None:
+    """Make preference pairs of scored images: all pairs of one prompt's, in Pick-a-Pic v2's columns.
+
+    `label_0` is by the mean of the scores, `label_0_SCORE` by one of them alone, `label_0_fixed` by the mean for the
+    first two images of each prompt only. An arm of a study takes one of these with `labels: label_0_SCORE`.
+    """
+    _log_to(log_file)
+    _use_threads(1)
+    from invdpo.rank import rank as run
+
+    log.info(f"{run(scores, images, by.split(','), out).text()}\n-> {out}")
+
+
+@app.command()
 def distribution(study: StudyOption, threads: ThreadsOption = None, log_file: LogOption = None) -> None:
     """Hold the arms' images against a reference set (FID, KID, precision, recall): root/distribution.csv."""
     config = _start(study, threads, log_file)

@@ -186,6 +186,20 @@ class DataConfig(Strict):
     )
 
 
+class OwnSamplesConfig(Strict):
+    """Preference pairs made of the base's own samples: several a prompt, scored by the study's scorers and ranked
+    (Inversion-DPO, section 4.2). The workflow makes the file that `preferences` names.
+    """
+
+    prompts: str = Field(description="as the study's; prompts that are neither tuned nor reported on")
+    images: Annotated[int, Field(ge=2)] = Field(4, description='of a prompt; section 4.2: "we generate four samples"')
+    guidance_scale: float | None = Field(None, description="null: sampling.guidance_scale")
+    seed: int = Field(description="of the noise: image k of a prompt has that of sampling.seed = seed + k")
+    by: list[str] = Field(
+        min_length=1, description="scores whose mean decides a pair (Eq. 17); each alone is a column label_0_<score>"
+    )
+
+
 class SamplingConfig(Strict):
     """How images are drawn for scoring: deterministic DDIM, noise seeded per prompt."""
 
@@ -285,10 +299,19 @@ class TuningConfig(Strict):
 
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
+LABEL_COLUMN = "label_0_"  # how the columns of `preferences` begin whose labels an arm may take in place of label_0's
 Labels = Annotated[
-    Literal["true", "shuffled", "swapped"],
+    str,
+    Field(pattern=rf"^(true|shuffled|swapped|{LABEL_COLUMN}.+)$"),
     BeforeValidator(lambda value: "true" if value is True else value),
-    WithJsonSchema({"enum": [True, "true", "shuffled", "swapped"]}),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"enum": [True, "true", "shuffled", "swapped"]},
+                {"type": "string", "pattern": f"^{LABEL_COLUMN}.+$"},
+            ]
+        }
+    ),
 ]
 
 
@@ -296,7 +319,11 @@ class ArmEntry(Strict):
     """One line of a table: a method, its labels, and what differs from the study's training settings."""
 
     method: str = Field(description="a recipe of config/methods, the path of one, or no_training")
-    labels: Labels = "true"
+    labels: Labels = Field(
+        "true",
+        description="true: label_0 of `preferences`; shuffled, swapped: controls; or another column of `preferences`, "
+        "label_0_…, where it decides a pair that label_0 decides too",
+    )
     tuned: bool = Field(True, description="whether the study's tuned values apply")
     initial_rounding: Literal["float16", "bfloat16"] | None = Field(
         None, description="the policy starts from weights rounded to this type: noise of rounding size"
@@ -599,6 +626,7 @@ class StudyConfig(Strict):
     seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
     training: TrainingConfig = TrainingConfig.model_validate({})
     data: DataConfig = DataConfig.model_validate({})
+    own_samples: OwnSamplesConfig | None = Field(None, description="what `preferences` is made of; null: it is there")
     trajectory_cache_gb: PositiveFloat | None = Field(
         None, description="gigabytes for inversions by the reference, which arms share; null: none are kept"
     )
@@ -643,7 +671,15 @@ class StudyConfig(Strict):
     def samples_pairs(self) -> bool:
         """Whether only those pairs are encoded that a run draws (`data.shards`)."""
         shards = self.data.shards
-        return not Path(self.preferences).exists() if shards is None else shards != "all"
+        if shards is None:
+            return self.own_samples is None and not Path(self.preferences).exists()
+        return shards != "all"
+
+    @property
+    def label_columns(self) -> list[str]:
+        """Columns of `preferences` that arms take labels from in place of label_0, each once, in the arms' order."""
+        named = (entry.labels for entry in self.arms.values() if entry.method != NO_TRAINING)
+        return list(dict.fromkeys(name for name in named if name.startswith(LABEL_COLUMN)))
 
     @property
     def draws(self) -> dict[int, int]:
@@ -732,6 +768,9 @@ class StudyConfig(Strict):
             "precision": self.precision,
         }
         identity |= {key: value for key in ("vae", "variant") if (value := getattr(self, key)) is not None}
+        if self.own_samples is not None:
+            sampling = self.sampling.model_dump(include={"steps", "guidance_scale", "batch"})
+            identity["own_samples"] = sampling | self.own_samples.model_dump(exclude_none=True)
         if self.checksums is not None and Path(self.checksums).is_file():
             listing = Path(self.checksums)
             entries = {str(listing.parent / name): digest for name, digest in read_checksums(listing).items()}
@@ -747,7 +786,7 @@ class ArmConfig(Strict):
 
     name: str
     method: str
-    labels: Literal["true", "shuffled", "swapped"]
+    labels: str
     initial_rounding: Literal["float16", "bfloat16"] | None
     training: TrainingConfig
     recipe_overrides: dict[str, Any]
@@ -838,6 +877,7 @@ def parse_study(data: Any, where: str) -> StudyConfig:
     if study.tuning is not None:
         _check_tuning(study, study.tuning, where)
     _check_bases(study, where)
+    _check_pairs(study, where)
     _check_measured(study, where)
     for name, entry in study.arms.items():
         study.arm(name)
@@ -869,6 +909,30 @@ def _check_bases(study: StudyConfig, where: str) -> None:
     needing = [*trained[:1], *(name for name in study.experiments.measured if name in ON_PAIRS)]
     if needing and not study.preferences:
         raise InvdpoError(f"{where}: `preferences` is missing, and `{needing[0]}` needs pairs. Set it.")
+
+
+def _check_pairs(study: StudyConfig, where: str) -> None:
+    """Labels of a column need all pairs; pairs that the workflow makes need a place and prompts of their own."""
+    if study.label_columns and study.samples_pairs:
+        column = study.label_columns[0]
+        arm = next(name for name, entry in study.arms.items() if entry.labels == column)
+        raise InvdpoError(
+            f"{where}: `arms.{arm}.labels: {column}` needs every pair encoded. Only those are that an order over all "
+            "pairs that label_0 decides draws (`data.shards`), and this arm draws from those that the column decides "
+            "too. Set `data.shards: all`."
+        )
+    own = study.own_samples
+    if own is None:
+        return
+    if not study.preferences.endswith(".parquet"):
+        raise InvdpoError(
+            f"{where}: `own_samples` needs the place of the file that is made of them: set `preferences` to a path "
+            f"that ends in .parquet (found {study.preferences!r})."
+        )
+    reported = {"prompts": study.prompts, "tuning.prompts": study.tuning.prompts if study.tuning else None}
+    for key, prompts in reported.items():
+        if own.prompts == prompts:
+            raise InvdpoError(f"{where}: `own_samples.prompts` is the file of `{key}`. Train on other prompts.")
 
 
 def _check_tuning(study: StudyConfig, tuning: TuningConfig, where: str) -> None:

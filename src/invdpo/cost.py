@@ -191,9 +191,13 @@ def _backward(arm: ArmConfig, policy: _Free, reference: _Free, seed: int, step: 
 
 def drawing(arm: ArmConfig, sampling: SamplingConfig, prompts: int) -> Spent:
     """What sampling every checkpoint of one seed spends."""
-    checkpoints = len(arm.training.grid) if arm.trains else 1
-    calls = checkpoints * sampling.steps * math.ceil(prompts / sampling.batch)
-    return Spent(unet_evaluations(checkpoints * prompts, sampling.steps, sampling.guidance_scale), 0, calls)
+    return sampled(sampling, prompts).times(len(arm.training.grid) if arm.trains else 1)
+
+
+def sampled(sampling: SamplingConfig, prompts: int) -> Spent:
+    """What sampling an image of each prompt spends."""
+    calls = sampling.steps * math.ceil(prompts / sampling.batch)
+    return Spent(unet_evaluations(prompts, sampling.steps, sampling.guidance_scale), 0, calls)
 
 
 def inversion_error(settings: InversionErrorConfig) -> Spent:

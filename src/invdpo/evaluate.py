@@ -73,7 +73,7 @@ def evaluate(study: StudyConfig, arm: str, seeds: Sequence[int], device: torch.d
     ]
     bar = tqdm(total=sum(map(len, runs.values())) * len(prompts), unit="image", desc=arm)
     with memory_for(f"sampling and scoring arm {arm}", lower), bar:
-        studio = _Studio(study, prompts, device)
+        studio = Studio(study, prompts, device)
         return [_evaluate_seed(studio, config, checkpoints, bar) for checkpoints in runs.values()]
 
 
@@ -98,8 +98,9 @@ def checkpoints_of(study: StudyConfig, arm: ArmConfig, seed: int) -> list[Checkp
     return checkpoints
 
 
-class _Studio:
-    """All that does not depend on the checkpoint: prompts and their embeddings, schedule, VAE, scorers."""
+class Studio:
+    """All that does not depend on the checkpoint: prompts and their embeddings, schedule, VAE, scorers. Raises
+    InvdpoError where a part of the base or a scorer is missing."""
 
     def __init__(self, study: StudyConfig, prompts: list[str], device: torch.device):
         self.study, self.prompts, self.device = study, prompts, device
@@ -143,9 +144,10 @@ class _Studio:
             return two_model_guidance(UNetEps(self.base, self.dtype), trained, scale), 1.0
         return trained, scale
 
-    def draw(self, eps_model: EpsModel, guidance_scale: float, ids: range) -> Pictures:
-        """The pictures that an eps-model makes for some prompts."""
+    def draw(self, eps_model: EpsModel, guidance_scale: float, ids: range, seed: int | None = None) -> Pictures:
+        """The pictures that an eps-model makes for some prompts. seed: of the noise; None: the study's."""
         sampling = self.study.sampling
+        seed = sampling.seed if seed is None else seed
         prompts = self.cond.map(lambda value: value[ids.start : ids.stop])
         cond = for_sampling(prompts, self.empty, self.study.training.resolution)
         latents = sample(
@@ -154,13 +156,13 @@ class _Studio:
             self.schedule,
             sampling.steps,
             guidance_scale,
-            [prompt_generator(sampling.seed, prompt_id) for prompt_id in ids],
+            [prompt_generator(seed, prompt_id) for prompt_id in ids],
             self.shape,
         )
         return Pictures(Image.fromarray(pixels) for pixels in decode(self.vae, latents))
 
 
-def _evaluate_seed(studio: _Studio, arm: ArmConfig, checkpoints: list[Checkpoint], bar: tqdm) -> Path:
+def _evaluate_seed(studio: Studio, arm: ArmConfig, checkpoints: list[Checkpoint], bar: tqdm) -> Path:
     """Draw and score the checkpoints of one run, and write its two files."""
     study, started = studio.study, time.time()
     images, scores = [], []
@@ -177,7 +179,7 @@ def _evaluate_seed(studio: _Studio, arm: ArmConfig, checkpoints: list[Checkpoint
             scores += score_rows(studio.scorers, heads, hashes, pictures)
             if checkpoint is checkpoints[-1]:
                 for head, digest, picture in zip(heads, hashes, pictures, strict=True):
-                    images.append({**head, "sha256": digest, "png": _png(picture)})
+                    images.append({**head, "sha256": digest, "png": png(picture)})
             bar.update(len(ids))
     spent = unet_evaluations(
         len(checkpoints) * len(studio.prompts), study.sampling.steps, study.sampling.guidance_scale
@@ -200,7 +202,7 @@ def _evaluate_seed(studio: _Studio, arm: ArmConfig, checkpoints: list[Checkpoint
     return study.root / "scores" / arm.name / name
 
 
-def _head(studio: _Studio, arm: ArmConfig, checkpoint: Checkpoint, prompt_id: int) -> dict[str, Any]:
+def _head(studio: Studio, arm: ArmConfig, checkpoint: Checkpoint, prompt_id: int) -> dict[str, Any]:
     """The columns that images and scores share."""
     return {
         "method": arm.name,
@@ -212,7 +214,8 @@ def _head(studio: _Studio, arm: ArmConfig, checkpoint: Checkpoint, prompt_id: in
     }
 
 
-def _png(picture: Image.Image) -> bytes:
+def png(picture: Image.Image) -> bytes:
+    """A picture as the bytes of a PNG file."""
     stream = io.BytesIO()
     picture.save(stream, "PNG")
     return stream.getvalue()

@@ -167,6 +167,7 @@ def plan(
             devices=arm.training.processes if arm.trains else 1,
         )
     stages = {
+        "own_samples": _own_samples(study, networks, clock, half),
         "preferences": Stage(int(pairs.count > 0), 0, _encoding(study, pairs, networks, clock)),
         "train": _sum((arm.train_evaluations, arm.train_hours) for arm in found.values()),
         "evaluate": _sum((arm.evaluate_evaluations, arm.evaluate_hours) for arm in found.values()),
@@ -231,6 +232,22 @@ def _encoding(study: StudyConfig, pairs: Pairs, networks: Networks, clock: Clock
     return max(encode, decode / workers) if workers else encode + decode
 
 
+def _own_samples(study: StudyConfig, networks: Networks, clock: Clock, half: bool) -> Stage:
+    """Drawing the samples that the pairs are made of; scoring them is counted no more than elsewhere."""
+    from invdpo import cost
+    from invdpo.prompts import read_prompts
+
+    own = study.own_samples
+    if own is None:
+        return Stage(0, 0, 0.0)
+    scale = study.sampling.guidance_scale if own.guidance_scale is None else own.guidance_scale
+    sampling = study.sampling.model_copy(update={"guidance_scale": scale})
+    prompts = len(read_prompts(own.prompts))
+    spent = cost.sampled(sampling, prompts).times(own.images)
+    decoding = clock.codec(own.images * prompts * networks.decode_flops, half)
+    return Stage(3, spent.evaluations, clock.unet(spent, networks, half) + decoding)
+
+
 def _sum(parts: Iterable[tuple[float, float]]) -> Stage:
     """A job for each part, of its evaluations and hours."""
     evaluations, hours = zip(*parts, strict=True)
@@ -258,7 +275,8 @@ def count_jobs(study: StudyConfig) -> dict[str, int]:
     evidence += [*(["claims"] if study.claims else []), *(["model_cards"] if trains else [])]
     evidence += ["present"] if experiments.measured else []
     evidence += ["user_study_bundle", "user_study_analysis"] if study.user_study else []
-    return {
+    made = {"own_samples": 3} if trains and study.own_samples else {}
+    return made | {
         "preferences": int(trains),
         "train": arms,
         "evaluate": arms,

@@ -135,6 +135,11 @@ def preference_pairs(
     """The pairs to encode, and what is downloaded for them; none where no arm trains, whose job alone asks for them."""
     if not any(study.arm(name).trains for name in study.arms):
         return Pairs(), {}
+    if (own := study.own_samples) is not None:  # which an earlier run may have made, of the same number
+        side = study.training.resolution
+        count = len(read_prompts(own.prompts)) * own.images * (own.images - 1) // 2
+        assumptions.append(f"preferences: all {count:,} pairs of the samples, as if no prompt were left out and no tie")
+        return Pairs(count, 0.0, side * side / 1e6), {}
     if Path(study.preferences).exists():
         from invdpo.preferences.plan import make_plan
 

@@ -218,8 +218,29 @@ def test_votes_are_those_that_the_exclusions_leave() -> None:
 def test_the_summary_says_why_a_claim_was_not_run() -> None:
     study = make_study(prompts=8)
     text = claims.summary(claims.judge_all(load_evidence(study), ledger.load_claims(CLAIMS)))
-    assert "| no comparison is given | **not run**: the study has no arm inversion_dpo_code_multi_objective |" in text
+    elsewhere = "asked in the study shapes_rewards (make reproduce STUDY=shapes_rewards)"
+    assert f"| no comparison is given | **not run**: {elsewhere} |" in text
+    assert "**not run**: the study has no arm ddpo" in text
     assert len(text.splitlines()) == 2 + len(ledger.load_claims(CLAIMS))
+
+
+def test_a_claim_that_is_asked_elsewhere_has_its_arms_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    named = [claim for claim in ledger.load_claims(CLAIMS) if claim.run_in is not None]
+    assert [claim.id for claim in named] == ["multi_objective_rewards_help"]
+    for claim in named:
+        study = load_study(f"config/{claim.run_in}.yaml")
+        arms = {arm.format(variant=variant) for arm in claim.test.arms for variant in claim.variants}
+        assert arms <= set(study.arms) and "inversion_dpo_code_fixed" in arms
+
+
+def test_every_test_of_the_rewards_has_its_arms(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    study = load_study("config/shapes_rewards.yaml")
+    assert study.claims == "config/claims_rewards.yaml"
+    found = ledger.load_claims(Path(study.claims))
+    arms = {arm.format(variant=variant) for claim in found for arm in claim.test.arms for variant in claim.variants}
+    assert arms == set(study.arms) and {claim.written for claim in found} == {"before"}
 
 
 def test_inconclusive_says_what_would_settle_it() -> None:

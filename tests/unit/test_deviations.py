@@ -22,9 +22,8 @@ def test_the_committed_page_is_up_to_date() -> None:
 
 
 def test_arms_that_it_names_exist() -> None:
-    arms = {
-        f"{study}:{arm}" for study in ("shapes", "shapes_methods") for arm in load_study(f"config/{study}.yaml").arms
-    }
+    studies = ("shapes", "shapes_methods", "shapes_rewards")
+    arms = {f"{study}:{arm}" for study in studies for arm in load_study(f"config/{study}.yaml").arms}
     for one in load_deviations().deviations:
         assert set(one.measured.arms) <= arms, one.id
 

@@ -140,7 +140,7 @@ def test_an_unconditional_policy_is_what_guidance_leads_away_from(study: StudyCo
     assert np.abs(away - pixels(study, "base", 0)).mean() > 1  # the policy counts,
     assert np.abs(away - pixels(study, "tuned", 3)).mean() > 1  # and not as an ordinary one
 
-    studio = stage._Studio(study, ["a red circle"], CPU)
+    studio = stage.Studio(study, ["a red circle"], CPU)
     trained = load_unet(study.root / "runs" / "away" / "seed3" / "checkpoints" / "step000004", CPU)
     model, scale = studio.model(study.arm("away"), trained)
     x, t = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([500])

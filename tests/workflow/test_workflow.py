@@ -74,6 +74,8 @@ def test_every_study_has_a_graph(study: str, tmp_path: Path) -> None:
     trained = sum(config.arm(name).trains for name in config.arms)
     assert planned.get("train", 0) == planned.get("evaluate", 0) == trained
     assert planned.get("preferences", 0) == min(trained, 1)
+    made = ("sample", "score_samples", "rank_samples")
+    assert [planned.get(name, 0) for name in made] == [int(config.own_samples is not None)] * 3
     assert planned["train_nothing"] == planned["evaluate_base"] == len(config.arms) - trained >= 1
     assert {name for name in (*MEASURED, "claims") if name in planned} == {
         *config.experiments.measured,
@@ -82,8 +84,8 @@ def test_every_study_has_a_graph(study: str, tmp_path: Path) -> None:
     assert [path.name for path in (folder / "results").iterdir()] == ["reference"], "a dry run writes nothing"
     counted = count_jobs(config)
     assert counted["train"] == planned.get("train", 0) + planned["train_nothing"]
-    made = planned.get("shapes_xl", 0)  # a base that a rule makes where it is not there yet
-    assert sum(counted.values()) == planned.pop("total", sum(planned.values())) - 1 - made, "all but the rule `all`"
+    base = planned.get("shapes_xl", 0)  # that a rule makes where it is not there yet
+    assert sum(counted.values()) == planned.pop("total", sum(planned.values())) - 1 - base, "all but the rule `all`"
 
 
 @pytest.mark.parametrize("study", ["shapes", "shapes_methods"])
@@ -180,6 +182,9 @@ def imported(module: Path, seen: set[Path]) -> set[Path]:
 
 
 STAGES = {
+    "sample": "samples",
+    "score": "score",
+    "rank": "rank",
     "preferences": "preferences/cache",
     "train": "training/loop",
     "evaluate": "evaluate",

@@ -97,6 +97,8 @@ def judge(evidence: Evidence, claim: Claim, variant: str = "") -> Verdict:
         test = test.model_copy(update={"arms": [family[most], family[fewest]]})
         row = replace(row, test=row.test | {"arms": test.arms, "inversion_steps": [most, fewest]})
     absent = [arm for arm in test.arms if arm not in study.arms]
+    if absent and claim.run_in is not None:
+        return replace(row, reason=f"asked in the study {claim.run_in} (make reproduce STUDY={claim.run_in})")
     if absent:
         return replace(row, reason=f"the study has no arm {', '.join(absent)}")
     if test.rounding is not None:

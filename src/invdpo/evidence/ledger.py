@@ -84,7 +84,7 @@ class Test(_Strict):
 
 class Claim(_Strict):
     """One sentence of the paper, or one question of the study. written: before any run was made, or after those that it
-    rests on had been seen.
+    rests on had been seen. run_in: the study of config/ that has the arms, where others that share the ledger have not.
     """
 
     id: str = Field(pattern=r"^[a-z0-9_]+$")
@@ -94,6 +94,7 @@ class Claim(_Strict):
     quote: str = ""
     paper_value: str = ""
     variants: list[str] = []
+    run_in: str | None = None
     test: Test
 
 

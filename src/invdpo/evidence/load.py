@@ -71,6 +71,10 @@ SUFFIXES = {
     "weak": "a tenth of the learning rate",
     "strong": "three times the learning rate",
     "sd15": "SD1.5",
+    "multi_objective": "mean of the metrics",
+    "dpg": "DPG score alone",
+    "compbench": "CompBench 3-in-1 alone",
+    "fixed": "mean of the metrics, fixed pairs",
 }
 
 
@@ -95,9 +99,10 @@ def arm_title(name: str) -> str:
     """How an arm is called in print: `diffusion_dpo_shuffled` -> `Diffusion-DPO, labels shuffled`."""
     if name in ARMS:
         return ARMS[name]
+    for suffix, words in SUFFIXES.items():
+        if stem := name.removesuffix(f"_{suffix}") if name.endswith(f"_{suffix}") else "":
+            return f"{arm_title(stem)}, {words}"
     stem, _, suffix = name.rpartition("_")
-    if stem and suffix in SUFFIXES:
-        return f"{arm_title(stem)}, {SUFFIXES[suffix]}"
     if stem and suffix[:1] == "n" and suffix[1:].isdigit():
         return f"{arm_title(stem)}, N = {suffix[1:]}"
     return name

@@ -50,7 +50,7 @@ def model_card(record: Mapping[str, Any], weights: Mapping[str, str], run: Path)
     made = {
         "method": f"{recipe['name']}: {recipe['source']}",
         "study, arm, seed": f"{record['study']}, {record['arm']}, {record['seed']}",
-        "labels": LABELS[record["labels"]],
+        "labels": LABELS.get(record["labels"], f"those of the column `{record['labels']}` of the preferences"),
         "base": f"`{record['base']}`"
         + (f", weights rounded to {rounding}" if (rounding := record["initial_rounding"]) else ""),
         "preferences": f"{record['pairs']:,} pairs (key {record['data_key'][:16]}), {record['pairs_seen']:,} seen",
@@ -116,6 +116,6 @@ def model_card(record: Mapping[str, Any], weights: Mapping[str, str], run: Path)
         "- saying what the method does at another scale, with another base or other preferences",
         "- a verdict on the method from this seed alone: verdicts rest on all seeds of the study",
     ]
-    if record["labels"] != "true":
+    if record["labels"] in ("shuffled", "swapped"):
         lines.append("- use as an aligned model: it is a control, trained on labels that were changed on purpose")
     return "\n".join([*lines, ""])

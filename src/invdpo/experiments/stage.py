@@ -10,7 +10,7 @@ import hashlib
 import io
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import nsmallest
 from pathlib import Path
@@ -44,7 +44,7 @@ from invdpo.experiments.weight_distances import summary as distance_summary
 from invdpo.files import replace_when_done, write_json
 from invdpo.objectives import Recipe, load_recipe
 from invdpo.preferences.cache import PreferenceCache, images_at_once, load_cache, pick_scores
-from invdpo.preferences.labels import strengths
+from invdpo.preferences.labels import drawn_pairs, strengths
 from invdpo.preferences.order import pair_order
 from invdpo.preferences.preprocess import Cutting
 from invdpo.preferences.reader import Counts, Pair, read_pairs, read_votes
@@ -167,13 +167,17 @@ def remedies(study: StudyConfig, name: str) -> list[str]:
     return [*fewer, f"`training.resolution` for the whole study (now {study.training.resolution})"]
 
 
-def unseen_pairs(study: StudyConfig, arms: Sequence[str], pairs: int) -> list[int]:
-    """Which of a cache's `pairs` no seed of those arms is trained on, ascending."""
+def unseen_pairs(
+    study: StudyConfig, arms: Sequence[str], pairs: int, columns: Mapping[str, Tensor] | None = None
+) -> list[int]:
+    """Which of a cache's `pairs` no seed of those arms is trained on, ascending. columns: the cache's labels."""
     seen: set[int] = set()
-    for training in (study.arm(arm).training for arm in arms):
+    for arm in map(study.arm, arms):
+        drawn = drawn_pairs(arm.labels, pairs, columns or {})
         for seed in study.seeds:
             # A step's pairs are consecutive entries of one order, so those of all steps are one long step's.
-            seen.update(pair_order(seed, 1, training.steps * training.batch, pairs))
+            order = pair_order(seed, 1, arm.training.steps * arm.training.batch, len(drawn))
+            seen.update(drawn[order].tolist())
     return sorted(set(range(pairs)) - seen)
 
 
@@ -190,8 +194,9 @@ def held_out(
     trained = None if scorer is None else load_cache(folder, torch.device("cpu"), scored=True).scores
     scores = None
     if source is None:
-        cache = load_cache(folder, device)
-        ids = rows = nsmallest(count, unseen_pairs(study, arms, len(cache)), key=_rank)
+        named = [study.arm(arm).labels for arm in arms]
+        cache = load_cache(folder, device, columns=[name for name in study.label_columns if name in named])
+        ids = rows = nsmallest(count, unseen_pairs(study, arms, len(cache), cache.labels), key=_rank)
         texts = pd.read_parquet(folder / "pairs.parquet", columns=["caption"])["caption"]
         captions = [str(texts[row]) for row in rows]
         _check_count(study, arms, len(ids), count)

@@ -2,9 +2,9 @@
 
 root/preferences/ holds cache.safetensors (what is small: which caption a pair has, the empty prompt, sizes, scores),
 latents/ and captions/ (numbered safetensors files of at most PART_BYTES, mapped and not read at training time),
-pairs.parquet (a row a pair: its row, caption and images' digests) and report.json. Latents of n pairs take
-4 n C h w numbers: 1 MB a pair at 1024 pixels in float32, half of that in `data.storage: float16`; captions of SDXL
-0.63 MB each in float32, those of SD1.5 0.24 MB.
+pairs.parquet (a row a pair: its row, caption and images' digests, and what the label columns say that arms name) and
+report.json. Latents of n pairs take 4 n C h w numbers: 1 MB a pair at 1024 pixels in float32, half of that in
+`data.storage: float16`; captions of SDXL 0.63 MB each in float32, those of SD1.5 0.24 MB.
 
 What is encoded but not finished lies in unfinished/, under a hash of everything that decides it: a killed `prepare`
 goes on behind its last whole part, with the same batches, so that the result has the same bits. Latents are not taken
@@ -19,14 +19,15 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
@@ -34,6 +35,7 @@ from invdpo.device import memory_for
 from invdpo.errors import InvdpoError
 from invdpo.files import mirror, remove, replace_when_done, write_json
 from invdpo.preferences.decode import DecodedPair, decoded, in_order
+from invdpo.preferences.labels import agreements
 from invdpo.preferences.plan import Plan, make_plan
 from invdpo.preferences.preprocess import Cutting
 from invdpo.preferences.reader import Counts, EncodedPair, Pair, read_encoded
@@ -94,6 +96,8 @@ class PreferenceCache:
     family only: pooled (m,P), uncond_pooled (1,P), and win_time_ids, lose_time_ids (n,6), the images' own sizes as
     `Conditioning.time_ids`.
 
+    labels: column -> (n,), as `labels.flips` has them, for the columns that were asked for.
+
     positions, order: of a sample (`plan.Plan`), which of the `order` pairs that the runs' orders go over are stored.
     """
 
@@ -112,6 +116,7 @@ class PreferenceCache:
     lose_time_ids: Tensor | None = None
     positions: Tensor | None = None
     order: int | None = None
+    labels: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         """How many pairs the runs' orders go over."""
@@ -187,6 +192,7 @@ def _prepare(study: StudyConfig, device: torch.device) -> dict[str, Any]:
     key = keys["key" if scorer is None else "scored_key"]
     with _alone(folder):
         if (done := _existing(folder, key, scorer is not None)) is not None:
+            _add_labels(folder, plan, study.label_columns)
             return done
         work = folder / "unfinished" / _digest({"key": key, "code": code_hash(MODULES), "lock": lock_hash()})[:16]
         for other in work.parent.glob("*"):
@@ -396,6 +402,8 @@ def _publish(
         planned = np.concatenate([first + rows for first, rows in zip(firsts, plan.rows, strict=True)])
         small["positions"] = torch.from_numpy(plan.positions[np.isin(planned, pairs["row"])])
         small["order"] = torch.tensor(plan.order)  # no metadata, which safetensors writes in any order
+    if study.label_columns:
+        pairs = pairs.assign(**_labels(plan, pairs["row"].to_numpy(), study.label_columns))
     remove(folder / "report.json")
     for name in ("latents", "captions"):
         mirror(work / name, folder / name)
@@ -423,6 +431,28 @@ def _publish(
     write_json(folder / "report.json", report)
     remove(work.parent)
     return report
+
+
+def _labels(plan: Plan, stored: np.ndarray, columns: Sequence[str]) -> dict[str, np.ndarray]:
+    """What those columns of the plan's files say of the stored pairs, by their rows (ascending): see `agreements`."""
+    firsts = np.cumsum([0, *plan.sizes[:-1]])
+    rows = [
+        numbers[np.isin(first + numbers, stored)]  # without the undecodable
+        for first, numbers in zip(firsts, plan.rows, strict=True)
+    ]
+    return agreements(plan.shards, rows, columns)
+
+
+def _add_labels(folder: Path, plan: Plan, columns: Sequence[str]) -> None:
+    """Bring a finished cache's pairs.parquet up to arms that came when it was made. Its key stays: the files that it is
+    of decide these labels too.
+    """
+    import pandas as pd
+
+    pairs = pd.read_parquet(folder / "pairs.parquet")
+    if lacking := [name for name in columns if name not in pairs]:
+        with replace_when_done(folder / "pairs.parquet") as temporary:
+            pairs.assign(**_labels(plan, pairs["row"].to_numpy(), lacking)).to_parquet(temporary, index=False)
 
 
 @contextmanager
@@ -558,11 +588,14 @@ def cache_key(folder: Path, scored: bool = False) -> str:
         return _key(stored, folder, scored)
 
 
-def load_cache(folder: Path, device: torch.device, scored: bool = False) -> PreferenceCache:
-    """The cache that `prepare` wrote, its rows coming to the device; `scored`: with its PickScores.
+def load_cache(
+    folder: Path, device: torch.device, scored: bool = False, columns: Sequence[str] = ()
+) -> PreferenceCache:
+    """The cache that `prepare` wrote, its rows coming to the device; `scored`: with its PickScores; with those label
+    columns.
 
     Latents and captions stay in their files, mapped. Raises InvdpoError where there is no cache, a part of it is
-    missing, or it has no scores.
+    missing, or it has no scores or no such labels.
     """
     with _mapped(folder / "cache.safetensors") as stored:
         key = _key(stored, folder, scored)
@@ -580,10 +613,22 @@ def load_cache(folder: Path, device: torch.device, scored: bool = False) -> Pref
     for name in small.keys() - {"caption_index", "positions"}:
         small[name] = small[name].to(device)
     fields: dict[str, Any] = rows | small
-    cache = PreferenceCache(**fields, key=key, order=order)
+    cache = PreferenceCache(**fields, key=key, order=order, labels=_read_labels(folder / "pairs.parquet", columns))
     if cache.scores is None or cache.order is None:
         return cache
     return replace(cache, scores=cache.scores[cache.rows(range(cache.order))])
+
+
+def _read_labels(path: Path, columns: Sequence[str]) -> dict[str, Tensor]:
+    if not columns:
+        return {}
+    if lacking := [name for name in columns if name not in pq.read_schema(path).names]:
+        raise InvdpoError(
+            f"{path} holds no labels of `{lacking[0]}`: it was made before the study had an arm that takes them. Run "
+            "`invdpo prepare --study …` again."
+        )
+    found = pq.read_table(path, columns=list(columns))
+    return {name: torch.tensor(found.column(name).to_numpy()) for name in columns}
 
 
 def _all_rows(folder: Path, names: Sequence[str], device: torch.device) -> dict[str, Rows]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from invdpo.errors import InvdpoError
+from invdpo.preferences.labels import check_columns
 from invdpo.preferences.order import drawn, generator
 from invdpo.preferences.shards import Shard, all_decided, digest, list_shards
 
@@ -62,8 +63,8 @@ def make_plan(study: StudyConfig) -> Plan:
     same captions), so that a sample of n pairs from few files says less than n pairs drawn from all, and since all
     seeds share the files, the spread over seeds does not show it. More files than `auto` takes make this smaller.
 
-    Only footers and label columns are read. Raises InvdpoError where more files are asked for than there are, or no
-    row is decided, and as `list_shards` and `opened` do.
+    Only footers and label columns are read. Raises InvdpoError where more files are asked for than there are, no row is
+    decided, or a file lacks a column that an arm takes its labels from, and as `list_shards` and `opened` do.
     """
     shards = study.data.shards
     if study.samples_pairs and not any(study.draws.values()):
@@ -82,6 +83,7 @@ def make_plan(study: StudyConfig) -> Plan:
     else:
         chosen, is_decided = _enough(study, everything)
     touched = [everything[place] for place in chosen]
+    check_columns(touched, study.label_columns)
     sizes = [len(flags) for flags in is_decided]
     rows = [np.flatnonzero(flags) for flags in is_decided]
     pairs = sum(map(len, rows))

@@ -149,8 +149,14 @@ def decided(shard: Shard) -> np.ndarray:
 
 def winners(labels: pa.ChunkedArray | pa.Array) -> tuple[np.ndarray, np.ndarray]:
     """Of a column label_0: which rows are decided, and in which image 0 won; (rows,) bool each."""
-    values = pc.cast(labels, pa.float64()).fill_null(0.5).to_numpy(zero_copy_only=False)
-    return (values == 0) | (values == 1), values == 1
+    found = values(labels)
+    return found != 0.5, found == 1
+
+
+def values(labels: pa.ChunkedArray | pa.Array) -> np.ndarray:
+    """A column of labels as (rows,) float64: 1 where image 0 won, 0 where image 1 did, 0.5 for all else."""
+    found = pc.cast(labels, pa.float64()).fill_null(0.5).to_numpy(zero_copy_only=False)
+    return np.where((found == 0) | (found == 1), found, 0.5)
 
 
 def all_decided(shards: list[Shard]) -> list[np.ndarray]:

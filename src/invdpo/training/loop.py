@@ -30,7 +30,7 @@ from invdpo.inversion.cache import Inverter, Savings, TrajectoryCache, identity
 from invdpo.inversion.guidance import evaluations
 from invdpo.objectives.points import comparison_guidance
 from invdpo.preferences.cache import PreferenceCache, cache_key, load_cache
-from invdpo.preferences.labels import flips, strengths
+from invdpo.preferences.labels import drawn_pairs, flips, strengths
 from invdpo.preferences.order import pair_order
 from invdpo.provenance import code_hash, lock_hash, peak_memory, stamp
 from invdpo.schedule import NoiseSchedule
@@ -96,7 +96,8 @@ def train(study: StudyConfig, arm_name: str, seeds: list[int], device: torch.dev
     with memory_for(f"{arm_name}: the base", ["a larger GPU: even its weights alone do not fit"]):
         base = load_unet(study.base, place, arm.training.gradient_checkpointing, variant=study.variant)
     schedule = load_schedule(study.base)
-    cache = load_cache(study.root / "preferences", device, scored)
+    columns = [arm.labels] if arm.labels in study.label_columns else []
+    cache = load_cache(study.root / "preferences", device, scored, columns)
     for run in runs:
         if not run.finished:
             run.train(base, schedule, cache)
@@ -263,7 +264,7 @@ class Run:
             "reference_distance": last["reference_distance"],
             "relative_reference_distance": last["reference_distance"] / stepper.reference_norm,
             "data_key": cache.key,
-            "pairs": len(cache),
+            "pairs": len(stepper.drawn),
         }
         if not self.ranks.writes:
             return
@@ -452,7 +453,8 @@ class Stepper:
         self.inverter, self.savings = inverter, savings or Savings()
         self.optimizer, self.schedule, self.cache, self.progress = optimizer, schedule, cache, progress
         self.fp16 = dtype == torch.float16
-        self.flipped = flips(run.arm.labels, len(cache), run.seed)
+        self.flipped = flips(run.arm.labels, len(cache), run.seed, cache.labels)
+        self.drawn = drawn_pairs(run.arm.labels, len(cache), cache.labels)
         self.strength = None
         if run.arm.recipe.loss.weight_by_strength:
             assert cache.scores is not None  # `train` asks for them
@@ -521,7 +523,7 @@ class Stepper:
         them."""
         training = self.arm.training
         self.optimizer.zero_grad(set_to_none=True)
-        chosen = pair_order(self.seed, number, training.batch, len(self.cache))
+        chosen = self.drawn[pair_order(self.seed, number, training.batch, len(self.drawn))].tolist()
         share, size = self.ranks.share(training.batch), training.pairs_a_pass(self.ranks.size)
         outputs = []
         for first in range(share.start, share.stop, size):

@@ -32,6 +32,8 @@ SEEDS = {
     "hps": 104,
     "prompts": 201,
     "tuning_prompts": 202,
+    "complex_train": 203,
+    "complex_test": 204,
     "quality": 301,
 }
 CORPUS_CHUNKS = 24
@@ -46,6 +48,9 @@ VOTE_STEPS = {"pickscore": 1_400, "hps": 500}
 AESTHETIC_STEPS = 3_000
 RATED = 12_000
 PROMPTS = 256
+# Prompts of the most complex scenes there are, for which alone every benchmark's score of such scenes exists.
+COMPLEX_THINGS = 3
+COMPLEX = {"complex_train": 300, "complex_test": 96}
 QUALITY_RENDERS, QUALITY_SAMPLES = 1_000, 512
 
 
@@ -108,6 +113,21 @@ def build_votes(out: Path) -> None:
     for name, captions in {"test": test, "tuning": tuning}.items():
         (out / "prompts" / f"{name}.txt").write_text("\n".join(captions) + "\n")
     record(out, "votes", started, **facts)
+
+
+def build_scenes(out: Path) -> None:
+    """Prompt lists of complex scenes, to draw training samples of and to test on; in no other list and no vote."""
+    started = time.monotonic()
+    voted = {caption for split in PAIRS for caption in _captions(out, split)}
+    listed = {
+        line for name in ("test", "tuning") for line in (out / "prompts" / f"{name}.txt").read_text().splitlines()
+    }
+    seen = voted | listed
+    for name, count in COMPLEX.items():
+        captions = sample_captions(count, SEEDS[name], exclude=frozenset(seen), things=COMPLEX_THINGS)
+        (out / "prompts" / f"{name}.txt").write_text("\n".join(captions) + "\n")
+        seen |= set(captions)
+    record(out, "scenes", started, things=COMPLEX_THINGS, seeds={name: SEEDS[name] for name in COMPLEX})
 
 
 def _captions(out: Path, split: str) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from invdpo.provenance import sha256_file
 
-STEPS = ("vae", "base", "votes", "clip", "pickscore", "hps", "aesthetic", "quality")
+STEPS = ("vae", "base", "votes", "scenes", "clip", "pickscore", "hps", "aesthetic", "quality")
 # place of weights -> the step that makes them
 MAKERS = {
     "base/vae": "vae",
@@ -31,6 +31,7 @@ CPU cores. Pictures are 64x64 RGB: one to three coloured shapes, the first two i
 | `base/` | a `StableDiffusionPipeline` folder with SD1.5's noise schedule | Stable Diffusion 1.5 / SDXL |
 | `preferences/{train,validation}.parquet` | voted pairs of the base model's samples | Pick-a-Pic v2 |
 | `prompts/{test,tuning}.txt` | captions that no voted pair has | the papers' prompt sets |
+| `prompts/complex_{train,test}.txt` | captions with three things, none of them above | the paper's annotated scenes |
 | `scorers/pickscore/` | a transformers `CLIPModel` folder, trained on its own votes | PickScore |
 | `scorers/clip/` | an open_clip folder, trained on captioned renders | CLIP ViT-H-14 |
 | `scorers/hps/` | an open_clip folder, trained on votes that nothing else sees | HPS v2 |

@@ -43,6 +43,15 @@ def votes(out: Out = Path("assets/shapes"), threads: Threads = 2) -> None:
 
 
 @app.command()
+def scenes(out: Out = Path("assets/shapes"), threads: Threads = 1) -> None:
+    """Write the prompt lists of complex scenes (needs votes; a second)."""
+    from invdpo.world import build
+
+    _threads(threads)
+    build.build_scenes(out)
+
+
+@app.command()
 def clip(out: Out = Path("assets/shapes"), threads: Threads = 2) -> None:
     """Train the CLIP on captioned pictures (needs votes, for its accuracy)."""
     from invdpo.world import build
@@ -116,6 +125,7 @@ def build(out: Out = Path("assets/shapes"), threads: Threads = 2) -> None:
     vae(out, threads)
     base(out, threads)
     votes(out, threads)
+    scenes(out, threads)
     clip(out, threads)
     pickscore(out, threads)
     hps(out, threads)

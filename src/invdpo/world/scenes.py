@@ -89,12 +89,15 @@ def sample_scene(rng: np.random.Generator) -> Scene:
     return Scene(things, str(rng.choice(RELATIONS)) if count > 1 else None)
 
 
-def sample_captions(count: int, seed: int, exclude: frozenset[str] = frozenset()) -> list[str]:
-    """`count` distinct captions, none of them in `exclude`."""
+def sample_captions(
+    count: int, seed: int, exclude: frozenset[str] = frozenset(), things: int | None = None
+) -> list[str]:
+    """`count` distinct captions, none of them in `exclude`; of scenes with so many things, where `things` says so."""
     rng = np.random.default_rng(seed)
     found: dict[str, None] = {}
     while len(found) < count:
-        text = caption(sample_scene(rng))
-        if text not in exclude:
+        scene = sample_scene(rng)
+        text = caption(scene)
+        if text not in exclude and things in (None, len(scene.things)):
             found[text] = None
     return list(found)
