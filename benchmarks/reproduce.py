@@ -1,9 +1,9 @@
 """What `make reproduce` takes on a clean clone: time, memory, disk, and the same command once more.
 
-`python -m benchmarks.reproduce` clones the commit that is checked out into a temporary folder and runs the command
-there with nothing of this shell's environment but PATH and HOME, so that the first run also makes the environment.
-Packages come from the machine's own cache or registry, whichever it has. Memory is the largest sum of resident pages
-over all processes of the command, sampled every second, in which pages that processes share are counted once for each.
+`python benchmarks/reproduce.py shapes smoke` clones the commit that is checked out and runs the command there with nothing
+of this shell's environment but PATH and HOME, so that the first run also makes the environment. Packages come from the
+machine's own cache or registry, whichever it has. Memory is the largest sum of resident pages over all processes of the
+command, sampled every second, in which pages that processes share are counted once for each.
 Not a test: no number can fail here.
 """
 
@@ -19,8 +19,8 @@ from typing import Annotated, Any
 
 import pandas as pd
 import typer
+from measure import write_report
 
-from benchmarks.measure import write_report
 from invdpo.provenance import git_commit, git_dirty, lock_hash
 
 OUT = Path("results/benchmarks/reproduce.json")
@@ -85,9 +85,13 @@ def measured(clone: Path, study: str) -> dict[str, Any]:
 def main(
     studies: Annotated[list[str], typer.Argument(help="config/<study>.yaml; the first run makes the environment too")],
     out: Annotated[Path, typer.Option(help="where the report goes, with md and csv beside it")] = OUT,
+    folder: Annotated[
+        Path | None,
+        typer.Option(help="a new folder for the clone, which stays. Default: a temporary one", show_default=False),
+    ] = None,
 ) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        clone = Path(folder, "clone")
+    with tempfile.TemporaryDirectory() as temporary:
+        clone = folder or Path(temporary, "clone")
         subprocess.run(["git", "clone", "--quiet", ".", clone], check=True)
         load = os.getloadavg()[0]
         found = {study: measured(clone, study) for study in studies}
@@ -105,8 +109,9 @@ def main(
     table = pd.DataFrame([{"study": study, **row} for study, row in found.items()])
     text = f"""# make reproduce on a clean clone
 
-{cores} cores; load before {load:.1f}; the environment takes {environment:.1f} GB. Made by `python -m
-benchmarks.reproduce`, whose docstring says what is measured; the first study's time includes making the environment.
+{cores} cores; load before {load:.1f}; the environment takes {environment:.1f} GB. Made by
+`python benchmarks/reproduce.py`, whose docstring says what is measured; the first study's time includes making the
+environment.
 
 | Study | Minutes | CPU minutes | Again, seconds | Peak memory, GiB | Results, GB |
 | --- | --- | --- | --- | --- | --- |
