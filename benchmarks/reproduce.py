@@ -1,9 +1,9 @@
 """What `make reproduce` takes on a clean clone: time, memory, disk, and the same command once more.
 
-`python benchmarks/reproduce.py shapes smoke` clones the commit that is checked out and runs the command there with nothing
-of this shell's environment but PATH and HOME, so that the first run also makes the environment. Packages come from the
-machine's own cache or registry, whichever it has. Memory is the largest sum of resident pages over all processes of the
-command, sampled every second, in which pages that processes share are counted once for each.
+`python benchmarks/reproduce.py shapes smoke` clones the commit that is checked out and runs the command there with
+nothing of this shell's environment but PATH and HOME, so that the first run also makes the environment. Packages come
+from the machine's own cache or registry, whichever it has. Memory is the largest sum of resident pages over all
+processes of the command, sampled every second, in which pages that processes share are counted once for each.
 Not a test: no number can fail here.
 """
 
