@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import statistics
@@ -21,7 +22,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from invdpo.errors import InvdpoError
 from invdpo.files import replace_when_done
-from invdpo.provenance import write_json
 
 Work = Callable[[], object]
 Result = TypeVar("Result")
@@ -154,8 +154,12 @@ def report_path(hardware: str, out: Path | None) -> Path:
 
 
 def write_files(report: Mapping[str, Any], text: str, table: pd.DataFrame, path: Path) -> None:
-    """Write a report as JSON, and its text as markdown and its table as csv beside it."""
-    write_json(path, report)
+    """Write a report as JSON, and its text as markdown and its table as csv beside it.
+
+    The JSON keeps the report's own order: the first competitor is what ratios are to.
+    """
+    with replace_when_done(path) as temporary:
+        temporary.write_text(json.dumps(report, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
     with replace_when_done(path.with_suffix(".md")) as temporary:
         temporary.write_text(text, encoding="utf-8")
     with replace_when_done(path.with_suffix(".csv")) as temporary:

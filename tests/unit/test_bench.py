@@ -267,6 +267,8 @@ def test_a_report_is_whole_after_every_case_and_says_what_is_missing(
     monkeypatch.setattr(code.bench, "two_processes", alone)
     report = run(code, tiny_base, out, cases="scaling,inversion_dpo_code_n4", max_seconds=1e9)
     assert report["cases"]["forward"] == stopped["cases"]["forward"], "what was measured before is kept"
+    kept = list(report["cases"]["forward"]["competitors"])
+    assert kept == ["plain, one latent a call", "plain, batched", "eps-model"], "the first is what ratios are to"
     assert report["missing"]["scaling"] == "it takes 2 cores, and there is 1"
     found = report["cases"]["inversion_dpo_code_n4"]
     assert found["steps"] == 4 and list(found["competitors"]) == [

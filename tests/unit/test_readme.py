@@ -23,6 +23,8 @@ NAMES = [
     r"the 95 % interval",
     r"paper's 20/40/80 inversion steps",
     r"instead of 20, 40 or 80",
+    r"with N = 80, the released",
+    r"SDXL's shape at 1024 pixels",
 ]
 
 
@@ -94,6 +96,16 @@ def moved_by_rounding() -> list[float]:
     return [float(before[1]), row("labels_matter", PAPER).value or 0.0]
 
 
+def benchmark(case: str, *wanted: tuple[str, str]) -> Callable[[], list[float]]:
+    """Numbers of a case of the benchmark, each of a competitor; bytes in MiB."""
+
+    def values() -> list[float]:
+        found = json.loads((REFERENCE / "benchmarks/cpu-2-threads.json").read_text())["cases"][case]["competitors"]
+        return [found[name][key] / (2**20 if key.endswith("_bytes") else 1) for name, key in wanted]
+
+    return values
+
+
 IMPLIED, PAPER, CODE = "inversion_dpo_implied", "inversion_dpo_paper", "inversion_dpo_code"
 INTERVAL = r"([-+\d.]+) \[([-+\d.]+), ([-+\d.]+)\]"
 
@@ -130,6 +142,19 @@ FACTS: dict[str, Callable[[], list[float]]] = {
     r"inversion takes (\d+), (\d+) or (\d+) steps": lambda: sorted(
         load_study("config/shapes.yaml").experiments.inversion_steps["p_single"]
     ),
+    r"takes (\d+) MiB above the models in place of (\d+) in its own loop, at ([\d.]+) times the speed, "
+    r"at ([\d.]+) times with three pairs": benchmark(
+        "inversion_dpo_code_n80",
+        ("streamed, one pair", "peak_bytes"),
+        ("reference loop", "peak_bytes"),
+        ("streamed, one pair", "ratio"),
+        ("streamed, several pairs", "ratio"),
+    ),
+    r"embeddings is ([\d.]+) times as fast": benchmark("caching", ("cached", "ratio")),
+    r"the stock pipeline \(([\d.]+) times,": benchmark("sampling", ("our sampler", "ratio")),
+    r"([\d.]+) times with decoding": benchmark("sampling_decoded", ("our sampler", "ratio")),
+    r"a plain diffusers loop \(([\d.]+) times\)": benchmark("training", ("training loop", "ratio")),
+    r"two processes train ([\d.]+) times": benchmark("scaling", ("two processes, together", "ratio")),
     r"(\d+) simulated raters at once and ([\d,]+) votes": lambda: [
         float(json.loads((REFERENCE / "benchmarks/user-study-2-cores.json").read_text())["runs"]["as it is"][name])
         for name in ("raters", "acknowledged")
