@@ -268,7 +268,7 @@ def test_a_heading_that_stands_for_several_numbers_names_them() -> None:
     [
         ("weight_distances:SFT:Whole network:RMS of the change", {"Experiment weight_distances", "Runs of SFT"}),
         ("weight_distances:SFT:block:time", {"Experiment weight_distances", "Runs of SFT"}),
-        ("speed:Diffusion-DPO step:training loop:ratio", {"Benchmark"}),
+        ("speed:Diffusion-DPO step, pairs:training loop:ratio", {"Benchmark"}),
         (
             "audit:one timestep of p:Diffusion-DPO, step 8:Cosine: PickScore",
             {"Experiment audit", "Recipe of one timestep of p", "Runs of Diffusion-DPO"},
