@@ -17,6 +17,7 @@ from invdpo.backbones.text import Encoder, Text, for_sampling, load_text
 from invdpo.device import resolve_dtype
 from invdpo.schedule import NoiseSchedule
 from invdpo.types import Conditioning
+from invdpo.world.base import scheduler
 
 if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -135,22 +136,12 @@ def load(base: str, device: torch.device) -> Models:
 
 def sdxl_shaped(device: torch.device) -> Models:
     """Networks of SDXL's shape, their weights drawn on the device itself."""
-    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-
-    scheduler = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
     dtype = resolve_dtype(device, "auto")
     policy, reference = twins(sdxl_unet(device))
     return Models(
         policy,
         reference,
-        scheduler,
+        scheduler(),  # SDXL's noise schedule is SD1.5's
         77,
         device,
         dtype,

@@ -145,23 +145,23 @@ def test_a_lora_without_its_library(tiny_base: Path, tmp_path: Path, monkeypatch
 
 def test_weights_from_the_hub(hub: Hub, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.add_folder("owner/pipeline", LAYOUTS["pipeline"](tmp_path / "a", tiny_base))
-    hub.add_folder("owner/root", LAYOUTS["parts"](tmp_path / "b", tiny_base) / "unet")
-    sources = ["owner/pipeline", "owner/pipeline/unet", f"owner/pipeline/unet/{FILE}", "owner/root"]
+    hub.add_folder("owner/bare", LAYOUTS["parts"](tmp_path / "b", tiny_base) / "unet")
+    sources = ["owner/pipeline", "owner/pipeline/unet", f"owner/pipeline/unet/{FILE}", "owner/bare"]
     for source in sources:
         assert find_weights(source).shapes == find_weights(tiny_base).shapes
     assert not any("vae" in path or "text_encoder" in path for path in hub.sent()), "the UNet alone is fetched"
     for source, message in (
         ("owner/none", "`weights: owner/none`: there is no owner/none here, and the hub has no model owner/none"),
-        ("owner/root/unet", "holds no unet/diffusion_pytorch_model.safetensors and no unet/pytorch_lora"),
-        ("owner/root/x.safetensors", "the model owner/root of the hub has no file x.safetensors"),
+        ("owner/bare/unet", "holds no unet/diffusion_pytorch_model.safetensors and no unet/pytorch_lora"),
+        ("owner/bare/x.safetensors", "the model owner/bare of the hub has no file x.safetensors"),
     ):
         with pytest.raises(InvdpoError, match=message):
             find_weights(source)
-    hub.refused["owner/root"] = (403, "GatedRepo")
+    hub.refused["owner/bare"] = (403, "GatedRepo")
     with pytest.raises(InvdpoError, match="of the hub is gated. Accept its terms"):
-        find_weights("owner/root/again.safetensors")
+        find_weights("owner/bare/again.safetensors")
     point_to("http://127.0.0.1:9", monkeypatch)
-    assert find_weights("owner/root").shapes == find_weights(tiny_base).shapes, "from the cache, what is not there too"
+    assert find_weights("owner/bare").shapes == find_weights(tiny_base).shapes, "from the cache, what is not there too"
     with pytest.raises(InvdpoError, match="cannot be reached.*put the folder of a local copy"):
         find_weights("owner/another")
 
