@@ -32,7 +32,7 @@ plan: $(UV)
 
 test: $(UV)
 	OMP_NUM_THREADS=1 $(DEV) pytest -n 2 tests/unit tests/invariant
-	$(DEV) --group slurm pytest tests/workflow tests/slurm tests/browser
+	OMP_NUM_THREADS=1 $(DEV) --group slurm pytest -n 2 --dist loadfile tests/workflow tests/slurm tests/browser
 
 lint: $(UV)
 	$(DEV) ruff check

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from invdpo.errors import InvdpoError
+from invdpo.errors import InvdpoError, Unreachable
 from invdpo.files import is_full_disk
 
 Kind = Literal["model", "dataset"]
@@ -46,7 +46,7 @@ def list_files(repo: str, wanted: str, instead: str) -> dict[str, int]:
     try:
         info = HfApi().model_info(repo, files_metadata=True)
     except Exception as error:
-        folder = _snapshot(repo) if any(map(_is_silence, _chain(error))) else None
+        folder = snapshot(repo) if any(map(_is_silence, _chain(error))) else None
         if folder is None:
             raise explain(error, repo, wanted, instead) from error
         files = (path for path in folder.rglob("*") if path.is_file())
@@ -54,13 +54,13 @@ def list_files(repo: str, wanted: str, instead: str) -> dict[str, int]:
     return {file.rfilename: file.size or 0 for file in info.siblings or []}
 
 
-def _snapshot(repo: str) -> Path | None:
-    """The folder of what the cache holds of a model's main branch."""
+def snapshot(repo: str, kind: Kind = "model", revision: str | None = None) -> Path | None:
+    """The folder of what the cache holds of a revision, None: of the main branch."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import IncompleteSnapshotError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(repo, local_files_only=True))
+        return Path(snapshot_download(repo, repo_type=kind, revision=revision, local_files_only=True))
     except IncompleteSnapshotError as error:
         return Path(error.snapshot_path)
     except LocalEntryNotFoundError:
@@ -80,11 +80,17 @@ def look(repo: str, name: str, wanted: str, instead: str) -> Remote:
         return Remote(repo, name, found.file_size or 0, Path(found.local_path) if found.is_cached else None)
 
 
-def is_cached(repo: str, name: str, kind: Kind, revision: str) -> bool:
-    """Whether a file of that commit lies in the hub's cache."""
+def cached(repo: str, name: str, kind: Kind, revision: str) -> Path | None:
+    """Where a file of that commit lies in the hub's cache; None: it does not."""
     from huggingface_hub import try_to_load_from_cache
 
-    return isinstance(try_to_load_from_cache(repo, name, revision=revision, repo_type=kind), str)
+    found = try_to_load_from_cache(repo, name, revision=revision, repo_type=kind)
+    return Path(found) if isinstance(found, str) else None
+
+
+def is_cached(repo: str, name: str, kind: Kind, revision: str) -> bool:
+    """Whether a file of that commit lies in the hub's cache."""
+    return cached(repo, name, kind, revision) is not None
 
 
 def fetch_file(repo: str, name: str, wanted: str, instead: str) -> Path:
@@ -181,11 +187,12 @@ def explain(
         what = f"{the} cannot be read: the hub answered {status}"
         do = login if status in (401, 403) else "Try again later"
     elif silence:
-        what = f"{here}the hub cannot be reached ({_said(silence[-1])}), and its cache has no {part or repo}"
+        lacks = "does not hold all of it" if kind == "dataset" and not part else f"has no {part or repo}"
+        what = f"{here}the hub cannot be reached ({_said(silence[-1])}), and its cache {lacks}"
         do = "Try again later"
     else:
         what, do = _unreadable(part, source, error), "Fetch it again"
-    return InvdpoError(f"{wanted}: {what}. {do}, or {instead}.")
+    return (Unreachable if silence else InvdpoError)(f"{wanted}: {what}. {do}, or {instead}.")
 
 
 def _unreadable(part: str, source: str, error: Exception) -> str:

@@ -157,10 +157,29 @@ def test_dropped_captions_are_the_empty_prompt_in_every_part(tiny_study: MakeStu
     cache = load_cache(study.root / "preferences", CPU)
     batch = draw(cache, torch.zeros(10, dtype=torch.bool), list(range(8)), 0, 1, 0, 0.5)
     assert batch.cond.pooled is not None and cache.pooled is not None
-    dropped = ~batch.cond.embeds.flatten(1).any(dim=1)
-    assert torch.equal(dropped, ~batch.cond.pooled.any(dim=1)) and 0 < int(dropped.sum()) < 8
+    empty = encode_prompts(load_text(tiny_sdxl, CPU), [""])
+    assert empty.pooled is not None and empty.embeds.any() and empty.pooled.any()
+    dropped = (batch.cond.embeds - empty.embeds).abs().flatten(1).amax(dim=1) < 1e-5
+    assert torch.equal(dropped, (batch.cond.pooled - empty.pooled).abs().amax(dim=1) < 1e-5)
+    assert 0 < int(dropped.sum()) < 8
     kept = torch.arange(8)[~dropped]
     assert torch.equal(batch.cond.pooled[kept], cache.pooled[cache.caption_index[kept]])
+    guided = batch.cond.uncond
+    assert guided is not None and guided.pooled is not None
+    assert not guided.embeds.any() and not guided.pooled.any(), "guidance still starts from zeros"
+
+
+def test_pairs_are_encoded_again_where_a_pipeline_says_other_of_the_empty_prompt(
+    tiny_study: MakeStudy, tiny_sdxl: Path, tmp_path: Path
+) -> None:
+    base = shutil.copytree(tiny_sdxl, tmp_path / "base")
+    study = tiny_study(base=str(base))
+    before = prepare(study, CPU)["key"]
+    index = json.loads((base / "model_index.json").read_text())
+    (base / "model_index.json").write_text(json.dumps(index | {"force_zeros_for_empty_prompt": False}))
+    assert prepare(study, CPU)["key"] != before
+    cache = load_cache(study.root / "preferences", CPU)
+    assert cache.uncond.any() and cache.dropped.embeds is cache.uncond
 
 
 def test_a_codec_of_its_own_replaces_the_base_s(tmp_path: Path, tiny_study: MakeStudy, tiny_base: Path) -> None:

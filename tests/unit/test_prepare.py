@@ -24,6 +24,7 @@ import pytest
 import torch
 from conftest import random_jpeg, tiny_pairs_frame
 from hub_stub import Hub
+from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -162,6 +163,39 @@ def test_what_other_code_or_settings_began_is_not_gone_on_with(
     calls = encoded(monkeypatch)
     prepare(tiny_study(preferences=hundred, training=training), CPU)
     assert calls == [64, 64, 64, 2]
+
+
+def test_what_other_code_finished_is_made_again(tiny_study: MakeStudy, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = tiny_study()
+    first = prepare(study, CPU)
+    with monkeypatch.context() as patch:
+        assert prepare(study, CPU) == first and not encoded(patch)
+    monkeypatch.setattr("invdpo.provenance.code_hash", lambda _: "edited")
+    calls = encoded(monkeypatch)
+    again = prepare(study, CPU)
+    assert calls == [2 * again["pairs"]] and again["key"] == first["key"]
+
+
+def test_the_seed_changes_the_key_only_where_something_is_drawn(tiny_study: MakeStudy) -> None:
+    def key(**data: Any) -> str:
+        return prepare(tiny_study(data=data), CPU)["key"]
+
+    assert key(seed=1) == key(seed=2) == key()
+    assert len({key(seed=1, crop="random"), key(seed=2, crop="random"), key(seed=1)}) == 3
+
+
+def test_without_a_connection_what_was_prepared_is_taken_by_the_same_settings_only(
+    hub: Hub, tiny_study: MakeStudy, tiny_pairs: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    hub.repos["some/pairs"] = {"data/train.parquet": tiny_pairs.read_bytes()}
+    study = tiny_study(preferences="some/pairs")
+    first = prepare(study, CPU)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert prepare(study, CPU) == first
+    assert "the hub cannot be reached" in caplog.text and "The pairs that were prepared before" in caplog.text
+    for changes in ({"data": {"storage": "float16"}}, {"data": {"revision": "v2"}}, {"training": {"resolution": 64}}):
+        with pytest.raises(InvdpoError, match="the hub cannot be reached"):
+            prepare(tiny_study(preferences="some/pairs", **changes), CPU)
 
 
 def test_a_killed_process_leaves_what_the_next_one_goes_on_with(

@@ -19,11 +19,22 @@ def picture(width: int, height: int) -> Image.Image:
     return Image.fromarray(np.stack([columns, rows, 0 * rows], axis=-1).astype(np.uint8))
 
 
+def test_the_default_is_what_diffusion_dpo_s_script_does() -> None:
+    """Its two transforms from torchvision, on sizes whose longer side is no whole number, with rooms of all kinds."""
+    from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
+
+    theirs = Compose([Resize(20, interpolation=InterpolationMode.BILINEAR), CenterCrop(20)])
+    sizes = [(90, 41), (41, 90), (33, 21), (23, 20), (20, 25), (61, 47), (20, 20), (40, 40), (7, 9), (9, 13)]
+    for size in sizes:
+        image = Image.open(io.BytesIO(random_jpeg(np.random.default_rng(0)))).resize(size)
+        assert np.array_equal(cut(image, 20).pixels, np.asarray(theirs(image))), size
+
+
 def test_the_default_is_resized_and_cropped_in_the_middle() -> None:
     image = Image.open(io.BytesIO(random_jpeg(np.random.default_rng(0)))).resize((90, 41))
     square = cut(image, 20)
-    resized = image.resize((44, 20), Image.Resampling.BILINEAR)
-    assert np.array_equal(square.pixels, np.asarray(resized)[:, 12:32])
+    resized = image.resize((43, 20), Image.Resampling.BILINEAR)  # 43.9
+    assert np.array_equal(square.pixels, np.asarray(resized)[:, 12:32])  # the middle of 11.5
     assert square.size == (90, 41) and square.corner == (12, 0)
     assert square.time_ids() == [41, 90, 0, 12, 20, 20]
     assert square.tensor().shape == (3, 20, 20) and square.tensor().dtype == torch.float32

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import socket
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,7 +15,7 @@ from conftest import tiny_pairs_frame
 from hub_stub import COMMIT, Hub
 from huggingface_hub import constants
 
-from invdpo.errors import InvdpoError
+from invdpo.errors import InvdpoError, Unreachable
 from invdpo.preferences.reader import Counts, read_encoded, read_pairs, read_votes
 from invdpo.preferences.shards import all_decided, check_columns, decided, fetch, find_files, list_shards, opened
 
@@ -153,6 +154,48 @@ def test_a_hub_that_is_not_there_is_told_from_a_wrong_path(hub: Hub, monkeypatch
     for wrong in ("pairs/train/part.parquet", "/absent/pairs", "pairs"):
         with pytest.raises(InvdpoError, match="is no file or folder here, nor a hub data set's id"):
             list_shards(wrong)
+
+
+def test_without_a_connection_a_split_that_the_cache_holds_whole_is_read(
+    pairs: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `hf download` leaves it there; the files are the same to a plan as the hub's."""
+    from huggingface_hub import snapshot_download
+
+    online, labels = list_shards(REPO), all_decided(list_shards(REPO))
+    snapshot_download(REPO, repo_type="dataset", allow_patterns="data/train*")
+    assert list_shards(REPO) == online
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert list_shards(REPO) == online
+    assert [flags.tolist() for flags in all_decided(online)] == [flags.tolist() for flags in labels]
+    assert [fetch(shard).read_bytes() for shard in online] == [pairs.repos[REPO][name] for name in TRAIN]
+    with pytest.raises(Unreachable, match="the hub cannot be reached .*its cache does not hold all of it. Try again"):
+        list_shards(f"{REPO}:validation")
+
+
+def test_a_part_of_a_split_in_the_cache_is_not_taken_for_all(pairs: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import hf_hub_download
+
+    for name in TRAIN[:2]:
+        hf_hub_download(REPO, name, repo_type="dataset")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(Unreachable, match="its cache does not hold all of it"):
+        list_shards(REPO)
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "words"),
+    [
+        ("jpg_0", ["a.jpg"] * 12, r"the column jpg_0 holds (large_)?string; needed is the bytes of an image file"),
+        ("jpg_1", [{"path": "a.jpg"}] * 12, r"the column jpg_1 holds struct<path: (large_)?string>; needed is the by"),
+        ("caption", list(range(12)), "the column caption holds int64; needed is text"),
+    ],
+)
+def test_a_column_of_another_type_is_named(tmp_path: Path, column: str, values: list[Any], words: str) -> None:
+    path = tmp_path / "pairs.parquet"
+    tiny_pairs_frame().assign(**{column: values}).to_parquet(path)
+    with pytest.raises(InvdpoError, match=words):
+        all_decided(list_shards(str(path)))
 
 
 def test_a_revision_that_is_not_there_is_named(pairs: Hub) -> None:

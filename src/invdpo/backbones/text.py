@@ -45,10 +45,14 @@ class Text:
 def load_text(base: str | Path, device: torch.device, variant: str | None = None) -> Text:
     """The tokenizers and text encoders (fp32) of a pipeline; variant: as for `load_unet`."""
     encoders = tuple(_load(base, *parts, device, variant) for parts in text_parts(base))
-    index = read_json(base, "model_index.json")
+    return Text(encoders, starts_from_zeros(base))
+
+
+def starts_from_zeros(base: str | Path) -> bool:
+    """Whether guidance in a pipeline starts from zeros in place of the encoded empty prompt."""
     # SDXL's pipeline takes True for an entry that is missing.
-    zero_empty = len(encoders) == 2 and index.get("force_zeros_for_empty_prompt", True)
-    return Text(encoders, zero_empty)
+    index = read_json(base, "model_index.json")
+    return len(text_parts(base)) == 2 and bool(index.get("force_zeros_for_empty_prompt", True))
 
 
 def _load(base: str | Path, tokenizer: str, encoder: str, device: torch.device, variant: str | None) -> Encoder:

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from invdpo.device import memory_for
-from invdpo.errors import InvdpoError
+from invdpo.errors import InvdpoError, Unreachable
 from invdpo.files import mirror, remove, replace_when_done, write_json
 from invdpo.preferences.decode import DecodedPair, decoded, in_order
 from invdpo.preferences.labels import agreements
@@ -51,7 +51,7 @@ log = logging.getLogger("invdpo")
 
 PART_BYTES = 512 * 2**20  # of a file of latents or captions, which is in memory whole while it is made
 CAPTIONS_AT_ONCE = 256
-# The modules that decide what is stored; a part that others made is not gone on with.
+# The modules that decide what is stored; what others made, finished or not, is not gone on with.
 MODULES = ("preferences", "backbones", "device", "scorers/pickscore", "scorers/pictures", "scorers/weights")
 
 
@@ -90,11 +90,12 @@ class PreferenceCache:
     """Encoded pairs. n pairs, m captions, latents in the UNet's scale; rows of all but the small ones may be stored.
 
     win_mean, win_std, lose_mean, lose_std: (n,C,h,w), the posterior of each image, so that training can draw
-    from it. embeds: (m,L,D), one row a caption. uncond: (1,L,D), the empty prompt. caption_index: (n,) int64
+    from it. embeds: (m,L,D), one row a caption. uncond: (1,L,D), what guidance starts from. caption_index: (n,) int64
     into embeds. key: sha256 of what was encoded and by what. scores: PickScores of winner and loser by the votes,
     raw cosines, (n,2) or, of a sample, (order,2), where they were asked for; the key then covers the scorer too. SDXL
     family only: pooled (m,P), uncond_pooled (1,P), and win_time_ids, lose_time_ids (n,6), the images' own sizes as
-    `Conditioning.time_ids`.
+    `Conditioning.time_ids`. Where guidance starts from zeros: unsaid (1,L,D) and unsaid_pooled (1,P), the encoded empty
+    prompt.
 
     labels: column -> (n,), as `labels.flips` has them, for the columns that were asked for.
 
@@ -114,6 +115,8 @@ class PreferenceCache:
     uncond_pooled: Tensor | None = None
     win_time_ids: Tensor | None = None
     lose_time_ids: Tensor | None = None
+    unsaid: Tensor | None = None
+    unsaid_pooled: Tensor | None = None
     positions: Tensor | None = None
     order: int | None = None
     labels: Mapping[str, Tensor] = field(default_factory=dict)
@@ -145,13 +148,21 @@ class PreferenceCache:
 
     @property
     def empty(self) -> Conditioning:
-        """The empty prompt, 1 row, without sizes."""
+        """What guidance starts from, 1 row, without sizes."""
         return Conditioning(self.uncond, self.uncond_pooled)
+
+    @property
+    def dropped(self) -> Conditioning:
+        """What takes a dropped caption's place, 1 row, without sizes: the encoded empty prompt, also where guidance
+        starts from zeros, as in Diffusion-DPO's train.py (encode_prompt_sdxl).
+        """
+        return self.empty if self.unsaid is None else Conditioning(self.unsaid, self.unsaid_pooled)
 
 
 LATENTS = ("win_mean", "win_std", "lose_mean", "lose_std")
 CAPTIONS = ("embeds", "pooled")
-SMALL = ("uncond", "caption_index", "uncond_pooled", "win_time_ids", "lose_time_ids", "positions")
+EMPTY = ("uncond", "uncond_pooled", "unsaid", "unsaid_pooled")
+SMALL = (*EMPTY, "caption_index", "win_time_ids", "lose_time_ids", "positions")
 
 
 def prepare(study: StudyConfig, device: torch.device) -> dict[str, Any]:
@@ -159,9 +170,10 @@ def prepare(study: StudyConfig, device: torch.device) -> dict[str, Any]:
 
     Where a recipe of the study weights pairs by their strength, both images of every pair are also scored, as they come
     and not as they are trained on, by the study's PickScore. Does nothing when the cache there already holds exactly
-    this content; goes on behind the last whole part of a run that was stopped; waits for another that is at it. Raises
-    InvdpoError when columns are missing, too many images cannot be decoded, no pair is left, the disk is too small, a
-    GPU is out of memory, or scores are needed and `scorers.pickscore` is missing or tells no image from another.
+    this content, or, where the hub does not answer, what the same settings asked for before. Goes on behind the last
+    whole part of a run that was stopped; waits for another that is at it. Raises InvdpoError when columns are missing,
+    too many images cannot be decoded, no pair is left, the disk is too small, a GPU is out of memory, or scores are
+    needed and `scorers.pickscore` is missing or tells no image from another.
     """
     with memory_for("prepare", _lower(study)):
         return _prepare(study, device)
@@ -169,38 +181,61 @@ def prepare(study: StudyConfig, device: torch.device) -> dict[str, Any]:
 
 def _prepare(study: StudyConfig, device: torch.device) -> dict[str, Any]:
     from invdpo.backbones.files import fingerprint
+    from invdpo.backbones.text import starts_from_zeros
     from invdpo.provenance import code_hash, lock_hash
 
     started = time.time()
     folder = study.root / "preferences"
-    plan = make_plan(study)
-    content = {
-        "files": [shard.identity() for shard in plan.shards],
+    encoding: dict[str, Any] = {
         "encoders": fingerprint(study.base, study.vae, study.variant),
         "resolution": study.training.resolution,
         "max_undecodable": study.training.max_undecodable,
     }
+    unused = set() if Cutting.of(study).draws else {"seed"}  # beside the rows, which have an entry of their own
     # Only what is not as it always was: a key must not change because a setting was added.
-    settings = study.data.model_dump(exclude_defaults=True, exclude={"shards", "revision", "workers"})
-    content |= {key: value for key, value in {"data": settings, "rows": plan.digest}.items() if value}
+    settings = study.data.model_dump(exclude_defaults=True, exclude={"shards", "revision", "workers", *unused})
+    more = {"data": settings, "guided_from_zeros": starts_from_zeros(study.base)}
+    encoding |= {key: value for key, value in more.items() if value}
+    scorer = _scorer(study, device)
+    scoring = {} if scorer is None else {"pickscore": scorer.version}
+    asked, code = _asked(study), code_hash(MODULES)
+    try:
+        plan = make_plan(study)
+    except Unreachable as silent:
+        with _alone(folder):
+            done = _existing(folder, code, scorer is not None)
+        made = None if done is None else {k: v for k, v in done["content"].items() if k not in ("files", "rows")}
+        if done is None or done.get("asked") != asked or made != encoding | scoring:
+            raise
+        log.warning(f"{silent} The pairs that were prepared before with the same settings are taken.")
+        return done
+    rows = {"rows": plan.digest} if plan.digest else {}
+    content = {"files": [shard.identity() for shard in plan.shards], **encoding, **rows}
     # Two keys, so that runs without scores outlive another scorer, and an arm that is the first to need one.
     keys = {"key": _digest(content)}
-    scorer = _scorer(study, device)
     if scorer is not None:
-        content["pickscore"] = scorer.version
+        content |= scoring
         keys["scored_key"] = _digest(content)
     key = keys["key" if scorer is None else "scored_key"]
     with _alone(folder):
-        if (done := _existing(folder, key, scorer is not None)) is not None:
+        if (done := _existing(folder, code, scorer is not None)) is not None and done["key"] == key:
             _add_labels(folder, plan, study.label_columns)
             return done
-        work = folder / "unfinished" / _digest({"key": key, "code": code_hash(MODULES), "lock": lock_hash()})[:16]
+        work = folder / "unfinished" / _digest({"key": key, "code": code, "lock": lock_hash()})[:16]
         for other in work.parent.glob("*"):
             if other != work:
                 remove(other)
         counts = _encode_pairs(study, plan, work, device, scorer)
         index = _encode_captions(study, work, device)
-        return _publish(study, plan, work, counts, index, keys, content, device, started)
+        made = {"key": key, "content": content, "code_hash": code, "asked": asked}
+        return _publish(study, plan, work, counts, index, keys, made, device, started)
+
+
+def _asked(study: StudyConfig) -> dict[str, Any]:
+    """The settings that a plan is made from, as a report keeps them."""
+    draws = {str(seed): count for seed, count in study.draws.items()} if study.samples_pairs else {}
+    data = study.data.model_dump(include={"shards", "revision", "seed"})
+    return {"preferences": study.preferences, "labels": list(study.label_columns), "draws": draws, **data}
 
 
 def _lower(study: StudyConfig) -> list[str]:
@@ -323,21 +358,27 @@ def _encode_captions(study: StudyConfig, work: Path, device: torch.device) -> di
     """The pairs' captions, each once, as work/captions/*.safetensors; returns what is small (SMALL, and scores)."""
     import pandas as pd
 
-    from invdpo.backbones.text import empty_prompt, load_text
+    from invdpo.backbones.text import empty_prompt, encode_prompts, load_text
 
     storage = getattr(torch, study.data.storage)
     named = pd.concat([pd.read_parquet(part, columns=["caption"]) for part in sorted((work / "pairs").iterdir())])
     codes, captions = pd.factorize(named["caption"], sort=False)
     text = load_text(study.base, device, study.variant)
-    empty = empty_prompt(text).map(
-        lambda value: _stored(value, storage, f"the text encoders of `{study.base}`").float()
-    )
+
+    def stored(cond: Conditioning) -> Conditioning:
+        return cond.map(lambda value: _stored(value, storage, f"the text encoders of `{study.base}`").float())
+
+    empty = stored(empty_prompt(text))
     _write_captions(text, [str(caption) for caption in captions], work / "captions", storage)
     small = {"uncond": empty.embeds, "caption_index": torch.from_numpy(codes.astype(np.int64))}
     names = ["scores"]
     if empty.pooled is not None:
         small["uncond_pooled"] = empty.pooled
         names += ["win_time_ids", "lose_time_ids"]
+    if text.zero_empty:
+        unsaid = stored(encode_prompts(text, [""]))
+        assert unsaid.pooled is not None  # only SDXL's pipeline knows such zeros
+        small |= {"unsaid": unsaid.embeds, "unsaid_pooled": unsaid.pooled}
     found: dict[str, list[Tensor]] = {}
     for part in _parts(work / "latents"):
         with _mapped(part) as stored:
@@ -386,7 +427,7 @@ def _publish(
     counts: Counts,
     small: dict[str, Tensor],
     keys: dict[str, str],
-    content: dict[str, Any],
+    made: dict[str, Any],
     device: torch.device,
     started: float,
 ) -> dict[str, Any]:
@@ -395,7 +436,7 @@ def _publish(
 
     from invdpo.provenance import stamp
 
-    folder, key = study.root / "preferences", keys.get("scored_key", keys["key"])
+    folder = study.root / "preferences"
     pairs = pd.concat([pd.read_parquet(part) for part in sorted((work / "pairs").iterdir())], ignore_index=True)
     if plan.positions is not None:
         firsts = np.cumsum([0, *plan.sizes[:-1]])
@@ -411,9 +452,8 @@ def _publish(
     with replace_when_done(folder / "pairs.parquet") as temporary:
         pairs.to_parquet(temporary, index=False)
     report = {
-        **stamp(study, config_hash=key[:16], device=device, dtype="fp32", started=started),
-        "key": key,
-        "content": content,
+        **stamp(study, config_hash=made["key"][:16], device=device, dtype="fp32", started=started),
+        **made,
         "sources": [shard.name for shard in plan.shards],
         "source_files": plan.of,
         "source_bytes": plan.bytes,
@@ -543,15 +583,16 @@ def _check_span(scores: Tensor, study: StudyConfig) -> None:
         )
 
 
-def _existing(folder: Path, key: str, scored: bool) -> dict[str, Any] | None:
-    """The report of a finished preparation of the same content, or None."""
+def _existing(folder: Path, code: str, scored: bool) -> dict[str, Any] | None:
+    """The report of a finished preparation by the same code, or None."""
     report = folder / "report.json"
     if not report.is_file() or not (folder / "pairs.parquet").is_file():
         return None
     written = json.loads(report.read_text(encoding="utf-8"))
     # The report is written last, so whatever it names is whole, unless someone took a part of it away.
     try:
-        return written if written["key"] == key == load_cache(folder, torch.device("cpu"), scored).key else None
+        same = written["key"] == load_cache(folder, torch.device("cpu"), scored).key
+        return written if same and written.get("code_hash") == code else None
     except InvdpoError:
         return None
 

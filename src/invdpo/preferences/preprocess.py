@@ -55,14 +55,15 @@ class Square:
 def cut(image: Image.Image, resolution: int, placement: Placement = CENTRE) -> Square:
     """An RGB image resized (shorter side, bilinear), flipped where asked for, and cropped to a square.
 
-    As Diffusion-DPO's train.py does it, whose flip comes after the crop; flipped first, the corner is the one seen in
-    the flipped image, as in diffusers' own SDXL script.
+    As Diffusion-DPO's train.py does it with torchvision's Resize and CenterCrop, to the pixel: the longer side is cut
+    off to whole pixels, and the middle of an odd room is rounded to even. Its flip comes after the crop; flipped first,
+    the corner is the one seen in the flipped image, as in diffusers' own SDXL script.
     """
     size = width, height = image.size
     left = top = 0
     if size != (resolution, resolution):
-        scale = resolution / min(width, height)
-        width, height = max(resolution, round(width * scale)), max(resolution, round(height * scale))
+        longer = int(resolution * max(size) / min(size))
+        width, height = (resolution, longer) if width <= height else (longer, resolution)
         image = image.resize((width, height), Image.Resampling.BILINEAR)
         left, top = _start(placement.left, width - resolution), _start(placement.top, height - resolution)
     if placement.flip:
@@ -74,7 +75,7 @@ def cut(image: Image.Image, resolution: int, placement: Placement = CENTRE) -> S
 
 def _start(share: float | None, room: int) -> int:
     """First pixel of the square, of 0..room."""
-    return room // 2 if share is None else int(share * (room + 1))
+    return round(room / 2) if share is None else int(share * (room + 1))
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,11 @@ class Cutting:
     def of(cls, study: StudyConfig) -> Cutting:
         """A study's."""
         return cls(study.training.resolution, study.data.crop, study.data.flip, study.data.seed)
+
+    @property
+    def draws(self) -> bool:
+        """Whether anything of it is left to chance, and so to the seed."""
+        return self.crop == "random" or self.flip != "none"
 
     def pair(self, row: int, winner: Image.Image, loser: Image.Image) -> tuple[Square, Square]:
         """The squares of a row's images."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,13 +17,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from invdpo.errors import InvdpoError
-from invdpo.hub import explain, split_id, told
+from invdpo.errors import InvdpoError, Unreachable
+from invdpo.hub import cached, explain, snapshot, split_id, told
 from invdpo.provenance import sha256_file
 
 log = logging.getLogger("invdpo")
 
 COLUMNS = ("jpg_0", "jpg_1", "label_0", "label_1", "caption")
+TEXTS = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+BYTES = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
+SHA256_DIGITS = 64  # the hub's cache names a large file's content so, a small one's by git's id
 MAGIC = b"PAR1"  # the first and last four bytes of every parquet file
 READ_AHEAD = 2**16  # bytes a range request of a footer or label column asks for: both are tens of kB
 FOOTERS_AT_ONCE = 8  # requests of labels under way
@@ -57,7 +61,8 @@ def list_shards(source: str, revision: str | None = None) -> list[Shard]:
 
     source: a parquet file, a folder of them, or a hub data set's id, with `:split` behind it where it is not the train
     split. Data sets name their splits in their files' names, and validation and test pairs must not be trained on, so
-    of files with `train` in their names only these count. revision: branch, tag or commit of a hub data set.
+    of files with `train` in their names only these count. revision: branch, tag or commit of a hub data set. Without
+    a connection, the files of the hub's cache are listed where it holds a split whole (as `hf download` fetches it).
     Raises InvdpoError where there is none, or where the hub is unreachable, has no such data set, or gives no access.
     """
     path = Path(source)
@@ -73,29 +78,59 @@ def list_shards(source: str, revision: str | None = None) -> list[Shard]:
         raise InvdpoError(
             f"`preferences: {source}` is no file or folder here, nor a hub data set's id (owner/name). Check the path."
         )
-    from huggingface_hub import HfApi
-
-    with told(repo, f"`preferences: {source}`", INSTEAD, "dataset", revision=revision):
-        info = HfApi().dataset_info(repo, revision=revision, files_metadata=True)
-    files = {Path(file.rfilename): file for file in info.siblings or [] if file.rfilename.endswith(".parquet")}
+    files, silent = _on_the_hub(source, repo, revision)
     names = _of_split(sorted(files), split or "train") or ([] if split else sorted(files))
+    if silent is not None and not _are_all(names):
+        raise silent
     if not names:
         splits = sorted({name.name.split("-")[0] for name in files})
         raise InvdpoError(
             f"The hub data set `{repo}` has no parquet file{f' of the split `{split}`' if split else ''}"
             f"{f'; its splits: {splits}' if splits else ''}. Name another one."
         )
-    return [
-        Shard(
+    return [files[name] for name in names]
+
+
+def _on_the_hub(source: str, repo: str, revision: str | None) -> tuple[dict[Path, Shard], Unreachable | None]:
+    """The parquet files of a hub data set by their paths in it; where the hub does not answer, those of its cache and
+    its silence."""
+    from huggingface_hub import HfApi
+
+    try:
+        with told(repo, f"`preferences: {source}`", INSTEAD, "dataset", revision=revision):
+            info = HfApi().dataset_info(repo, revision=revision, files_metadata=True)
+    except Unreachable as silent:
+        return _in_the_cache(repo, revision), silent
+    files = {Path(file.rfilename): file for file in info.siblings or [] if file.rfilename.endswith(".parquet")}
+    return {
+        name: Shard(
             f"{repo}/{name}",
-            files[name].size or 0,
+            file.size or 0,
             repo=repo,
             commit=info.sha or revision or "main",
-            sha256=lfs.sha256 if (lfs := files[name].lfs) else None,
-            blob=files[name].blob_id,
+            sha256=file.lfs.sha256 if file.lfs else None,
+            blob=None if file.lfs else file.blob_id,
         )
-        for name in names
-    ]
+        for name, file in files.items()
+    }, None
+
+
+def _in_the_cache(repo: str, revision: str | None) -> dict[Path, Shard]:
+    """The same of the files that the hub's cache holds of it."""
+    folder, shards = snapshot(repo, "dataset", revision), {}
+    if folder is None:
+        return shards
+    for path in folder.rglob("*.parquet"):
+        name, content = path.relative_to(folder), path.resolve().name  # a link to what is named by its content
+        sha256, blob = (content, None) if len(content) == SHA256_DIGITS else (None, content)
+        shards[name] = Shard(f"{repo}/{name}", path.stat().st_size, None, repo, folder.name, sha256, blob)
+    return shards
+
+
+def _are_all(names: list[Path]) -> bool:
+    """Whether these are all files of a split, by what their names say of their number: `train-00000-of-00645-….`."""
+    said = [re.search(r"-of-(\d+)", name.name) for name in names]
+    return bool(names) and all(found is not None and int(found[1]) == len(names) for found in said)
 
 
 def _of_split(files: Iterable[Path], split: str) -> list[Path]:
@@ -105,12 +140,13 @@ def _of_split(files: Iterable[Path], split: str) -> list[Path]:
 
 @contextmanager
 def opened(shard: Shard) -> Iterator[pq.ParquetFile]:
-    """A shard's parquet, its columns checked; of one on the hub only what is then read of it is fetched, by range.
+    """A shard's parquet, its columns checked; of one on the hub that is not in its cache, only what is then read of it
+    is fetched, by range.
 
     Raises InvdpoError where it is no whole parquet file, or lacks a column that pairs need.
     """
     try:
-        with pq.ParquetFile(shard.path if shard.path is not None else _remote(shard)) as parquet:
+        with pq.ParquetFile(shard.path or _cached(shard) or _remote(shard)) as parquet:
             missing = [name for name in COLUMNS if name not in parquet.schema_arrow.names]
             if missing:
                 raise InvdpoError(
@@ -118,6 +154,7 @@ def opened(shard: Shard) -> Iterator[pq.ParquetFile]:
                     f"Preference pairs need Pick-a-Pic v2's columns {', '.join(COLUMNS)}; this file has "
                     f"{', '.join(parquet.schema_arrow.names)}."
                 )
+            _check_types(shard, parquet.schema_arrow)
             yield parquet
     except InvdpoError:
         raise
@@ -128,6 +165,26 @@ def opened(shard: Shard) -> Iterator[pq.ParquetFile]:
         raise InvdpoError(
             f"{shard.name} cannot be read as parquet: {reason}. Copy or download the file again."
         ) from error
+
+
+def _check_types(shard: Shard, schema: pa.Schema) -> None:
+    for name in ("jpg_0", "jpg_1", "caption"):
+        kind, wanted = schema.field(name).type, "text"
+        if name != "caption":
+            wanted = "the bytes of an image file, or a struct with such `bytes`"
+            kind = kind.field("bytes").type if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 else kind
+        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+        accepted = TEXTS if name == "caption" else BYTES
+        if not any(is_one(kind) for is_one in (pa.types.is_null, *accepted)):
+            raise InvdpoError(
+                f"{shard.name}: the column {name} holds {kind}; needed is {wanted}, as in Pick-a-Pic v2. Convert it."
+            )
+
+
+def _cached(shard: Shard) -> Path | None:
+    """Where the hub's cache holds the shard whole."""
+    path = cached(shard.repo, shard.name.removeprefix(f"{shard.repo}/"), "dataset", shard.commit)
+    return path if path is not None and path.stat().st_size == shard.size and fault(path) is None else None
 
 
 def _remote(shard: Shard) -> Any:

@@ -15,7 +15,8 @@ from invdpo.preferences.cache import PreferenceCache
 from invdpo.preferences.order import generator
 from invdpo.types import Conditioning, where
 
-# The sizes that the released scripts of Diffusion-DPO and Inversion-DPO (train_ddim.py:471) tell SDXL of every image.
+# The sizes that the released Inversion-DPO script (train_ddim.py:471) tells SDXL of every image. Diffusion-DPO's tells
+# its resolution in place of the number.
 FIXED_SIZES = (1024.0, 1024.0, 0.0, 0.0, 1024.0, 1024.0)
 
 
@@ -60,7 +61,8 @@ def draw(
     if caption_dropout > 0:
         drawn = [torch.rand((), generator=generator(seed, step, p, "dropout")) for p in positions]
         dropped = (torch.stack(drawn) < caption_dropout).to(device)
-        prompt = where(dropped, empty, prompt)
+        unsaid = cache.dropped.map(lambda value: value.expand(len(pairs), *value.shape[1:]))
+        prompt = where(dropped, unsaid, prompt)
     cond = cond_lose = replace(prompt, uncond=empty)
     if cache.win_time_ids is not None and cache.lose_time_ids is not None:
         sizes = torch.stack([cache.win_time_ids[index], cache.lose_time_ids[index]])
