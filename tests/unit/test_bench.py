@@ -1,5 +1,6 @@
 """The benchmark: what is raced does the same work, and what is written says what was measured and what was not."""
 
+import copy
 import importlib
 import json
 import sys
@@ -14,6 +15,7 @@ import pandas as pd
 import pytest
 import torch
 
+from invdpo.config import load_study
 from invdpo.errors import InvdpoError
 from invdpo.objectives import backward, load_recipe
 from invdpo.training.ranks import Ranks
@@ -78,6 +80,57 @@ def test_streamed_gradient_is_the_reference_loops(
     assert wanted.norm() > 1e-6
     assert torch.dist(gradient(models.policy), wanted) <= 1e-8 * wanted.norm()
     torch.testing.assert_close(out.loss, torch.stack(losses).mean(), rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("base", ["tiny_base", "tiny_sdxl"])
+def test_the_reference_loop_takes_a_reference_in_half_precision(
+    code: Any, base: str, request: pytest.FixtureRequest
+) -> None:
+    """As the script's is, and a training's on a GPU."""
+    models = code.models.load(str(request.getfixturevalue(base)), CPU)
+    whole, models = models.reference, replace(models, reference=copy.deepcopy(models.reference).half())
+    recipe = load_recipe("inversion_dpo_code").with_overrides({"beta": 20.0, "trajectory": {"steps": 3}})
+    win, lose, cond = models.latents(1, 1), models.latents(1, 2), models.prompts(1, 3)
+    wanted = code.loops.reference_loop(recipe, models, win, lose, cond)
+    loop = gradient(models.policy)
+    models.policy.zero_grad()
+    eps_models = models.eps(models.policy), models.eps(models.reference)
+    out = backward(recipe, *eps_models, win, lose, cond, models.schedule, torch.Generator(), chunk=3)
+    assert abs(out.loss - wanted) <= 1e-3 * wanted
+    assert torch.dist(gradient(models.policy), loop) <= 0.02 * loop.norm()
+    rounded = models.eps(models.reference)(win, torch.tensor([500]), cond.without_uncond())
+    assert not torch.equal(rounded, models.eps(whole)(win, torch.tensor([500]), cond.without_uncond()))
+
+
+@pytest.mark.parametrize("method", ["inversion_dpo_code", "inversion_dpo_implied"])
+def test_at_sdxl_s_size_memory_is_that_of_the_paper_s_study(
+    code: Any, models: Any, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its optimizer, and its frozen reference beside the base; tried at the size of the tests."""
+    real, made = code.cases.Stepper, []
+    monkeypatch.setattr(code.cases, "Stepper", lambda *parts: made.append(parts) or real(*parts))
+    for side, paper in ((32, False), (64, False), (128, True)):
+        scale = code.cases.scale_of(SimpleNamespace(shape=(4, side, side)))
+        assert scale.paper == paper, side
+    monkeypatch.setattr(code.cases, "SMALL", replace(scale, pairs=2))
+    raced = code.cases.all_timesteps(models, method, 4)
+    arm = load_study("config/sdxl.yaml").arm(method)
+    assert set(raced) == {code.cases.REFERENCE_LOOP, code.cases.ONE, code.cases.SEVERAL}
+    for run, policy, reference, base, optimizer, *_ in made:
+        assert type(optimizer).__name__.lower() == arm.training.optimizer
+        mine, studied = run.arm.training, arm.training
+        for name in ("optimizer", "gradient_checkpointing", "chunk"):
+            assert getattr(mine, name) == getattr(studied, name), name
+        assert policy is models.policy and base is models.reference
+        # On a CPU it is rounded to half precision and kept in fp32.
+        halved = arm.recipe.reference_dtype == "float16"
+        assert (reference is base) == (not halved)
+        weight = reference.conv_in.weight
+        assert torch.equal(weight, weight.half().float()) == halved
+    looped: list[Any] = []
+    monkeypatch.setattr(code.cases, "reference_loop", lambda recipe, models, *pair: looped.append(models.reference))
+    raced[code.cases.REFERENCE_LOOP].work()
+    assert {id(reference) for reference in (looped[0], *(parts[2] for parts in made))} == {id(made[0][2])}, "one copy"
 
 
 def test_the_reference_loop_is_guided(code: Any, models: Any) -> None:
