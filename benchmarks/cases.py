@@ -356,7 +356,8 @@ def random_cache(models: Models, pairs: int) -> PreferenceCache:
 
 
 def optimizer_of(models: Models) -> torch.optim.Optimizer:
-    """The scale's optimizer with its states in place, and all that the first use of a network brings in (code pages, kernels)."""
+    """The scale's optimizer with its states in place, and all that the first use of a network brings in (code pages,
+    kernels)."""
     study = study_of(models, "diffusion_dpo", 1)
     optimizer = build_optimizer(models.policy.parameters(), study.training, LEARNING_RATE)
     checkpoint(models.policy, study.training.gradient_checkpointing)
