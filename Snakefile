@@ -19,7 +19,8 @@ if "study" not in config:
     configfile: "config/shapes.yaml"
 
 
-container: "docker://python:3.11-bookworm"
+# For --sdm apptainer: the image of envs/Dockerfile, built as its head says.
+container: "invdpo.sif"
 
 
 report: "rules/report/study.rst"

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import goals
 import pandas as pd
 import scaling
 import torch
@@ -39,13 +40,15 @@ from measure import (
 )
 from models import Models, load, sdxl_shaped
 
-from invdpo.device import resolve_device
+from invdpo.device import memory_for, resolve_device
 from invdpo.errors import InvdpoError
+from invdpo.lease import devices, lease
 from invdpo.provenance import device_name, git_commit, stamp
 
 SCALING = "scaling"
 NOT_ASKED = "not among --cases"
 NO_TIME = "the run ended before it"
+UNBUILT = "any: not even models and optimizer fit"
 
 
 @dataclass(frozen=True)
@@ -78,13 +81,15 @@ def main(
     deadline = started + max_seconds
     threads = threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
-    place = resolve_device(device)
-    if sdxl and place.type != "cuda":
-        raise InvdpoError("--sdxl-shaped: SDXL's UNet needs a CUDA device with some 80 GB; leave the option out here")
     numbers = [int(number) for number in steps.split(",")]
     known = all_cases(numbers)
     names = [*known, SCALING]
     asked = chosen(cases, names)
+    # Where there are no two, that case says so itself.
+    lease(device, max(1, min(len(devices()), scaling.PROCESSES if SCALING in asked else 1)))
+    place = resolve_device(device)
+    if sdxl and place.type != "cuda":
+        raise InvdpoError("--sdxl-shaped: SDXL's UNet needs a CUDA device with some 80 GB; leave the option out here")
 
     def tell(what: str) -> None:
         print(f"[{time.time() - started:4.0f} s] {what}", file=sys.stderr, flush=True)
@@ -93,7 +98,8 @@ def main(
         return sdxl_shaped(place) if sdxl else load(base, place)
 
     tell("the machine")
-    machine, scale, dtype = inspected(models())
+    with memory_for("a forward and a backward pass", scaling.REMEDIES):
+        machine, scale, dtype = inspected(models())
     model = "random weights of SDXL's shape" if sdxl else base
     options = {"model": model, "threads": threads, "rounds": rounds, "dtype": dtype, "scale": asdict(scale)}
     config_hash = hashlib.sha256(json.dumps(options).encode()).hexdigest()[:16]
@@ -106,12 +112,16 @@ def main(
             **stamp(None, config_hash=config_hash, device=place, dtype=dtype, started=started),
             "options": options,
             "device_type": place.type,
+            "device_memory_bytes": torch.cuda.get_device_properties(place).total_memory
+            if place.type == "cuda"
+            else None,
             "matmul_peak_flops": machine.peak,
             "forward_flops": machine.forward,
             "checkpointing_flops": machine.again,
             "cases": {name: found[name] for name in dict.fromkeys([*names, *found]) if name in found},
             "missing": missing,
         }
+        report["goals"] = goals.goals(report)
         write_files(report, markdown(report), pd.DataFrame(rows(report), columns=COLUMNS), path)
         return report
 
@@ -130,6 +140,9 @@ def main(
                     return fresh.run(growth_of, base, threads, numbers, name, competitor)
 
                 found[name] = measured(known[name], models(), rounds, deadline, machine, growth)
+            missing.pop(name, None)
+        except torch.OutOfMemoryError:  # while its models and optimizer were built: a turn's own is counted
+            found[name] = unbuilt(known[name])
             missing.pop(name, None)
         except InvdpoError as error:
             if name not in found:
@@ -208,6 +221,16 @@ def measured(
     return {"title": case.title, "steps": case.steps, "competitors": found}
 
 
+def unbuilt(case: Case) -> dict[str, Any]:
+    """In the place of a case's competitors, where not even what they start from fits the GPU."""
+    nothing = {"per_second": 0.0, "ratio": None, "ratio_range": None, "rounds": 0}
+    return {
+        "title": case.title,
+        "steps": case.steps,
+        "competitors": {UNBUILT: nothing | {"peak_bytes": None, "total_bytes": None}},
+    }
+
+
 def shares(each: Competitor, per_second: float, machine: Machine) -> dict[str, float]:
     """Of the machine's peak: what the method asks for (model FLOPs), and what is computed, recomputation included
     (hardware FLOPs), a backward pass as two forward passes; none where that is not all of the work."""
@@ -257,6 +280,7 @@ def markdown(report: Mapping[str, Any]) -> str:
             cells += [f"{values[key]:.0%}" if key in values else "" for key in SHARES]
             cells += [mebibytes(values, key) for key in ("peak_bytes", "total_bytes")]
             lines.append("| " + " | ".join(map(str, cells)) + " |")
+    lines += ["", *goals.table(report)]
     if report["missing"]:
         lines += ["", "Not measured:", ""]
         lines += [f"- `{name}`: {reason}" for name, reason in report["missing"].items()]

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from loops import clip_and_step, plain_training_step, plain_unet, reference_loop, stock_pipeline
@@ -24,10 +24,13 @@ from invdpo.device import autocast
 from invdpo.errors import InvdpoError
 from invdpo.preferences.cache import PreferenceCache, Rows
 from invdpo.sampling import decode, prompt_generator, sample, unet_evaluations
-from invdpo.training.loop import Run, Stepper
+from invdpo.training.loop import Run, Stepper, frozen_reference
 from invdpo.training.optim import build_optimizer
 from invdpo.training.ranks import Ranks
 from invdpo.training.state import Progress
+
+if TYPE_CHECKING:
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 METHODS = ("inversion_dpo_code", "inversion_dpo_implied")
 REFERENCE_LOOP, ONE, SEVERAL = "reference loop", "streamed, one pair", "streamed, several pairs"
@@ -43,7 +46,8 @@ LEARNING_RATE = 1e-9  # the rate changes no time: what is measured stays as it w
 class Scale:
     """How much each competitor is given: latents of a forward pass, images, pairs of a training step, pairs of an
     all-timestep step; the chunk (latents with their graph alive) and gradient checkpointing of our own code. No round
-    of a case begins after so many seconds."""
+    of a case begins after so many seconds. paper: whether optimizer and frozen reference are those of config/sdxl.yaml,
+    so that the memory is its trainings'; else AdamW, and the base itself."""
 
     latents: int
     images: int
@@ -52,17 +56,20 @@ class Scale:
     chunk: int
     checkpointing: bool
     seconds: float
+    paper: bool = False
 
 
 # Three guided pairs are one call of 12. A larger chunk is faster and takes more memory; this shows both gains at once.
 SMALL = Scale(latents=64, images=64, batch=32, pairs=3, chunk=12, checkpointing=False, seconds=60)
 # One guided pair is a call of 4, which is as much as a GPU can use.
 LARGE = Scale(latents=8, images=2, batch=2, pairs=1, chunk=4, checkpointing=True, seconds=20)
+XL = replace(LARGE, paper=True)
 
 
 def scale_of(models: Models) -> Scale:
-    """LARGE from Stable Diffusion 1.5's 64x64 latents on."""
-    return LARGE if models.shape[-1] >= 64 else SMALL
+    """LARGE from Stable Diffusion 1.5's 64x64 latents on, XL from SDXL's 128x128."""
+    side = models.shape[-1]
+    return XL if side >= 128 else LARGE if side >= 64 else SMALL
 
 
 @dataclass(frozen=True)
@@ -213,10 +220,15 @@ def all_timesteps(models: Models, method: str, steps: int) -> dict[str, Competit
     win, lose, cond = models.latents(1, 1), models.latents(1, 2), models.prompts(1, 3)
     alone = study_of(models, method, 1, steps, checkpointing=True)
     recipe = alone.arm(method).recipe
+    if scale.paper:
+        frozen = frozen_reference(models.reference, recipe.reference_dtype, models.device)
+    else:
+        frozen = models.reference
+    compared_with = replace(models, reference=frozen)
 
     def reference() -> None:
         checkpoint(policy, True)
-        reference_loop(recipe, models, win, lose, cond)
+        reference_loop(recipe, compared_with, win, lose, cond)
         clip_and_step(models, optimizer)
 
     def streamed(stepper: Stepper) -> dict[str, Any]:
@@ -226,7 +238,7 @@ def all_timesteps(models: Models, method: str, steps: int) -> dict[str, Competit
     found[REFERENCE_LOOP] = Competitor(reference, 1, *evaluations(alone))
     for name, pairs in sizes.items():
         study = study_of(models, method, pairs, steps)
-        stepper = stepper_of(models, study, random_cache(models, pairs), optimizer)
+        stepper = stepper_of(models, study, random_cache(models, pairs), optimizer, reference=frozen)
         found[name] = Competitor(lambda stepper=stepper: streamed(stepper), pairs, *evaluations(study))
     return found
 
@@ -291,6 +303,7 @@ def study_of(
         "batch": pairs,
         "learning_rate": LEARNING_RATE,
         "gradient_checkpointing": scale.checkpointing if checkpointing is None else checkpointing,
+        "optimizer": "adafactor" if scale.paper else "adamw",
     }
     arm: dict[str, Any] = {"method": method}
     if steps is not None:
@@ -343,7 +356,8 @@ def random_cache(models: Models, pairs: int) -> PreferenceCache:
 
 
 def optimizer_of(models: Models) -> torch.optim.Optimizer:
-    """AdamW with its states in place, and all that the first use of a network brings in (code pages, kernels)."""
+    """The scale's optimizer with its states in place, and all that the first use of a network brings in (code pages,
+    kernels)."""
     study = study_of(models, "diffusion_dpo", 1)
     optimizer = build_optimizer(models.policy.parameters(), study.training, LEARNING_RATE)
     checkpoint(models.policy, study.training.gradient_checkpointing)
@@ -360,13 +374,18 @@ def stepper_of(
     cache: PreferenceCache,
     optimizer: torch.optim.Optimizer | None = None,
     ranks: Ranks | None = None,
+    reference: UNet2DConditionModel | None = None,
 ) -> Stepper:
-    """Steps of the study's arm, all processes together taking its batch; gradient checkpointing as the arm has it."""
+    """Steps of the study's arm, all processes together taking its batch; gradient checkpointing as the arm has it.
+
+    reference: None: the base.
+    """
     (arm,) = map(study.arm, study.arms)
     run, base = Run(study, arm, 0, models.device, ranks), models.reference
     optimizer = optimizer or optimizer_of(models)
     checkpoint(models.policy, arm.training.gradient_checkpointing)
-    return Stepper(run, models.policy, base, base, optimizer, models.schedule, cache, models.dtype, Progress())
+    frozen = base if reference is None else reference
+    return Stepper(run, models.policy, frozen, base, optimizer, models.schedule, cache, models.dtype, Progress())
 
 
 def one_step(stepper: Stepper) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from invdpo.types import Conditioning, concatenate
 def plain_unet(unet: Any, x: Tensor, t: Tensor | int, cond: Conditioning) -> Tensor:
     """diffusers' own call, with what SDXL's UNet also takes."""
     added = None if cond.pooled is None else {"text_embeds": cond.pooled, "time_ids": cond.time_ids}
-    return unet(x, t, cond.embeds, added_cond_kwargs=added).sample
+    return unet(x.to(unet.dtype), t, cond.embeds.to(unet.dtype), added_cond_kwargs=added).sample
 
 
 def stacked(first: Conditioning, second: Conditioning) -> Conditioning:
@@ -84,7 +84,9 @@ def _image(recipe: Recipe, models: Models, x0: Tensor, cond: Conditioning) -> Te
     first, stride = scheduler.config.steps_offset if offset is None else offset, len(abar) // steps
 
     def predict(unet: Any, x: Tensor, t: int) -> Tensor:
-        with autocast(models.device, models.dtype):
+        whole = unet.dtype == torch.float32
+        # A reference in half precision runs in it, as the script's does, and not under autocast.
+        with autocast(models.device, models.dtype if whole else torch.float32):
             if cond.uncond is None or recipe.trajectory.guidance_scale == 1:
                 return plain_unet(unet, x, t, cond).to(x.dtype)
             halves = stacked(cond.uncond, cond.without_uncond())

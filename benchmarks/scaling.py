@@ -20,6 +20,7 @@ from models import Models, load, sdxl_shaped
 
 from invdpo.device import memory_for, resolve_device
 from invdpo.errors import InvdpoError
+from invdpo.lease import lease
 from invdpo.training.loop import Stepper
 from invdpo.training.ranks import Ranks, join, launch
 
@@ -58,6 +59,7 @@ def main(
 ) -> None:
     """One of the processes."""
     torch.set_num_threads(1)
+    lease(device, PROCESSES)  # bench.py's own, which is kept if it dies first
     ranks, place = join(resolve_device(device))
     with memory_for("the models and the optimizer", REMEDIES):
         models = sdxl_shaped(place) if sdxl else load(base, place)

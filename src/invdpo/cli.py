@@ -104,13 +104,15 @@ def _device(study: StudyConfig, gpus: int = 1) -> torch.device:
     import torch
 
     from invdpo.device import resolve_device
-    from invdpo.lease import lease
+    from invdpo.lease import lease, lease_as_rank
     from invdpo.provenance import verify_checksums
 
     if study.checksums is not None:
         verify_checksums(study.checksums)
-    # What torchrun or `accelerate launch` started takes the GPU that it will train on; our own processes share ours.
-    lease(f"cuda:{os.environ['LOCAL_RANK']}" if _rank() is not None and study.device != "cpu" else study.device, gpus)
+    if _rank() is None:
+        lease(study.device, gpus)
+    elif gpus:
+        lease_as_rank(study.device)
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     return resolve_device(study.device)
 

@@ -2,7 +2,7 @@
 
 A lease is a lock (flock) on a file a GPU. The kernel drops it when the last process that has that file open is gone,
 however it went, so a killed job leaves nothing behind to clean up. A scheduler's CUDA_VISIBLE_DEVICES is respected:
-leases are taken within it. Nothing here asks CUDA, which reads that variable once.
+leases are taken within it. Nothing here asks CUDA, which reads its variables once.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ import os
 import random
 import re
 import shutil
+import socket
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from invdpo.errors import InvdpoError
@@ -22,6 +24,7 @@ from invdpo.errors import InvdpoError
 log = logging.getLogger("invdpo")
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
+ORDER = "CUDA_DEVICE_ORDER"
 HOLDER = "INVDPO_GPU_HOLDER"  # process id, told to the processes that a holder starts
 # All jobs of a machine must meet here; schedulers give each job a TMPDIR of its own.
 FOLDER = Path("/tmp/invdpo-gpus")
@@ -69,7 +72,7 @@ def lease(device: str, count: int = 1, folder: Path = FOLDER) -> list[str]:
 
     Raises InvdpoError where fewer GPUs are visible than `count`.
     """
-    names = devices() if device == "auto" or device.startswith("cuda") else []
+    names = _usable(device)
     if not names or count == 0:
         return []
     if _descriptors or _holder_lives():
@@ -96,6 +99,66 @@ def lease(device: str, count: int = 1, folder: Path = FOLDER) -> list[str]:
     return taken
 
 
+def lease_as_rank(device: str, folder: Path = FOLDER) -> list[str]:
+    """The same for one of the processes that torchrun or `accelerate launch` started together, of which each takes the
+    visible GPU of its number on this machine; returns the names of what it keeps.
+
+    The first leases the GPUs of all, at once or none, and the others wait for it and hold nothing meanwhile. If each
+    leased its own, two jobs could hold one each and wait for the other's for ever. That is so within a machine: of jobs
+    over several, a scheduler has to see to it.
+
+    Raises InvdpoError where fewer GPUs are visible than there are processes, or MASTER_PORT is another job's.
+    """
+    names = _usable(device)
+    if not names:
+        return []
+    if _descriptors or _holder_lives():
+        return names if _descriptors else _join(names, folder)
+    number = int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+    if processes > len(names):
+        raise InvdpoError(
+            f"{processes} processes need a GPU each, and {len(names)} are visible ({', '.join(names)}). Start fewer "
+            f"processes, or ask the scheduler for more GPUs; {VISIBLE} may hide some."
+        )
+    # A socket without a file: the kernel forgets its name with the process. What the processes of a job have in common,
+    # and no other job of the machine can have, is where they meet to train.
+    port = os.environ.get("MASTER_PORT")
+    meeting = f"\0invdpo-gpus-{port}-{os.environ.get('MASTER_ADDR')}"[:100]
+    if number > 0:
+        while not _answers(meeting):
+            time.sleep(POLL_SECONDS)
+        return _join([names[number]], folder)
+    with socket.socket(socket.AF_UNIX) as listener:
+        try:
+            listener.bind(meeting)
+        except OSError as error:
+            raise InvdpoError(
+                f"Another job of this machine meets at MASTER_PORT {port}. Give this one a port of its own (`torchrun "
+                "--standalone`, or --master_port), or wait until that one has ended."
+            ) from error
+        taken = _wait(names[:processes], processes, folder)
+        listener.listen(processes)  # only now does it answer; nobody needs to accept
+        _descriptors.append(listener.detach())
+    os.environ[HOLDER] = str(os.getpid())
+    log.debug(f"leased GPU {', '.join(taken)} of {', '.join(names)} for {processes} processes")
+    return taken
+
+
+def _usable(device: str) -> list[str]:
+    """The visible GPUs where a study's `device` may use any. CUDA is made to count them as nvidia-smi does, by their
+    place on the bus and not the fastest first, or a lease of number 0 would be another card's; but for a set order."""
+    names = devices() if device == "auto" or device.startswith("cuda") else []
+    if names:
+        os.environ.setdefault(ORDER, "PCI_BUS_ID")
+    return names
+
+
+def _answers(address: str) -> bool:
+    with socket.socket(socket.AF_UNIX) as caller:
+        return caller.connect_ex(address) == 0
+
+
 def _wait(names: list[str], count: int, folder: Path) -> list[str]:
     """Lease `count` of the GPUs, all at once or none, so that two jobs never wait for each other's half."""
     began, told = time.monotonic(), ""
@@ -113,9 +176,11 @@ def _wait(names: list[str], count: int, folder: Path) -> list[str]:
             return list(found)
         for descriptor in found.values():
             os.close(descriptor)
-        held = {name: pids for name, path in files.items() if (pids := _holders(path))}
-        words = "; ".join(f"{name} by process {', '.join(map(str, pids))}" for name, pids in held.items())
-        if words and words != told:
+        # The kernel tells a container nothing of processes outside it.
+        held = {name: ", ".join(map(str, _holders(path))) for name, path in files.items() if name not in found}
+        by = {name: f"process {pids}" if pids else "one unseen here" for name, pids in held.items()}
+        words = "; ".join(f"{name} by {who}" for name, who in by.items())
+        if words != told:
             log.info(f"waiting for {count} of {len(names)} GPUs, leased to other jobs: {words}")
             told = words
         time.sleep(POLL_SECONDS * random.uniform(0.5, 1.5))
@@ -164,11 +229,9 @@ def _open(path: Path) -> int:
     try:
         return os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     except FileNotFoundError:
-        try:
-            path.parent.mkdir(parents=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(PermissionError):  # then its owner has done it
             path.parent.chmod(0o1777)
-        except FileExistsError:
-            pass
         return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CREAT, 0o644)
 
 

@@ -1,5 +1,6 @@
 """The benchmark: what is raced does the same work, and what is written says what was measured and what was not."""
 
+import copy
 import importlib
 import json
 import sys
@@ -14,13 +15,22 @@ import pandas as pd
 import pytest
 import torch
 
+from invdpo.config import load_study
 from invdpo.errors import InvdpoError
 from invdpo.objectives import backward, load_recipe
 from invdpo.training.ranks import Ranks
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 CPU, META = torch.device("cpu"), torch.device("meta")
-MODULES = ("measure", "models", "loops", "cases", "scaling", "bench")  # as bench.py names them, each after what it uses
+MODULES = (
+    "measure",
+    "models",
+    "loops",
+    "cases",
+    "scaling",
+    "goals",
+    "bench",
+)  # as bench.py names them, each after what it uses
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +88,57 @@ def test_streamed_gradient_is_the_reference_loops(
     assert wanted.norm() > 1e-6
     assert torch.dist(gradient(models.policy), wanted) <= 1e-8 * wanted.norm()
     torch.testing.assert_close(out.loss, torch.stack(losses).mean(), rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("base", ["tiny_base", "tiny_sdxl"])
+def test_the_reference_loop_takes_a_reference_in_half_precision(
+    code: Any, base: str, request: pytest.FixtureRequest
+) -> None:
+    """As the script's is, and a training's on a GPU."""
+    models = code.models.load(str(request.getfixturevalue(base)), CPU)
+    whole, models = models.reference, replace(models, reference=copy.deepcopy(models.reference).half())
+    recipe = load_recipe("inversion_dpo_code").with_overrides({"beta": 20.0, "trajectory": {"steps": 3}})
+    win, lose, cond = models.latents(1, 1), models.latents(1, 2), models.prompts(1, 3)
+    wanted = code.loops.reference_loop(recipe, models, win, lose, cond)
+    loop = gradient(models.policy)
+    models.policy.zero_grad()
+    eps_models = models.eps(models.policy), models.eps(models.reference)
+    out = backward(recipe, *eps_models, win, lose, cond, models.schedule, torch.Generator(), chunk=3)
+    assert abs(out.loss - wanted) <= 1e-3 * wanted
+    assert torch.dist(gradient(models.policy), loop) <= 0.02 * loop.norm()
+    rounded = models.eps(models.reference)(win, torch.tensor([500]), cond.without_uncond())
+    assert not torch.equal(rounded, models.eps(whole)(win, torch.tensor([500]), cond.without_uncond()))
+
+
+@pytest.mark.parametrize("method", ["inversion_dpo_code", "inversion_dpo_implied"])
+def test_at_sdxl_s_size_memory_is_that_of_the_paper_s_study(
+    code: Any, models: Any, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its optimizer, and its frozen reference beside the base; tried at the size of the tests."""
+    real, made = code.cases.Stepper, []
+    monkeypatch.setattr(code.cases, "Stepper", lambda *parts: made.append(parts) or real(*parts))
+    for side, paper in ((32, False), (64, False), (128, True)):
+        scale = code.cases.scale_of(SimpleNamespace(shape=(4, side, side)))
+        assert scale.paper == paper, side
+    monkeypatch.setattr(code.cases, "SMALL", replace(scale, pairs=2))
+    raced = code.cases.all_timesteps(models, method, 4)
+    arm = load_study("config/sdxl.yaml").arm(method)
+    assert set(raced) == {code.cases.REFERENCE_LOOP, code.cases.ONE, code.cases.SEVERAL}
+    for run, policy, reference, base, optimizer, *_ in made:
+        assert type(optimizer).__name__.lower() == arm.training.optimizer
+        mine, studied = run.arm.training, arm.training
+        for name in ("optimizer", "gradient_checkpointing", "chunk"):
+            assert getattr(mine, name) == getattr(studied, name), name
+        assert policy is models.policy and base is models.reference
+        # On a CPU it is rounded to half precision and kept in fp32.
+        halved = arm.recipe.reference_dtype == "float16"
+        assert (reference is base) == (not halved)
+        weight = reference.conv_in.weight
+        assert torch.equal(weight, weight.half().float()) == halved
+    looped: list[Any] = []
+    monkeypatch.setattr(code.cases, "reference_loop", lambda recipe, models, *pair: looped.append(models.reference))
+    raced[code.cases.REFERENCE_LOOP].work()
+    assert {id(reference) for reference in (looped[0], *(parts[2] for parts in made))} == {id(made[0][2])}, "one copy"
 
 
 def test_the_reference_loop_is_guided(code: Any, models: Any) -> None:
@@ -295,7 +356,7 @@ def test_the_table_says_what_did_not_fit(code: Any) -> None:
         "device": "GPU",
         "device_type": "cuda",
         "matmul_peak_flops": 7e14,
-        "options": {"threads": 16, "rounds": 3, "model": "random", "dtype": "bfloat16"},
+        "options": {"threads": 16, "rounds": 3, "model": "random", "dtype": "bfloat16", "scale": {}},
         "cases": {"n80": {"title": "step, pairs", "steps": 80, "competitors": {"loop": loop, "ours": ours}}},
         "missing": {"scaling": "it takes 2 GPUs, and there is 1"},
     }
@@ -306,6 +367,100 @@ def test_the_table_says_what_did_not_fit(code: Any) -> None:
     first, second = code.bench.rows(report)
     assert (first["peak_mib"], second["peak_mib"], second["total_mib"]) == (None, 3, 71680)
     assert (second["what"], second["N"], second["ratio_low"]) == ("step, pairs", 80, None)
+
+
+def report_of_a_gpu(code: Any, *sizes: int | None, share: float = 0.5, **more: Any) -> dict[str, Any]:
+    """A report at SDXL's size, of as many methods as there are sizes, with what the goals are about."""
+    cases = {
+        f"{method}_n80": {"competitors": {code.cases.ONE: {"total_bytes": size, "hardware_share_of_peak": share}}}
+        for method, size in zip(code.cases.METHODS, sizes, strict=False)
+    }
+    return {
+        "device_type": "cuda",
+        "device_memory_bytes": 85e9,
+        "dtype": "bfloat16",
+        "options": {"scale": {"paper": True}},
+        "cases": cases,
+        **more,
+    }
+
+
+def test_goals_are_held_against_the_report_s_own_rows(code: Any) -> None:
+    def verdicts(*sizes: int | None, **more: Any) -> list[str]:
+        return [goal["verdict"] for goal in code.goals.goals(report_of_a_gpu(code, *sizes, **more))]
+
+    met, missed, unknown = code.goals.MET, code.goals.MISSED, code.goals.OPEN
+    assert verdicts(70 * 10**9, 80 * 10**9) == [met, met, unknown]
+    assert verdicts(70 * 10**9, 80 * 10**9 + 1, share=0.499) == [missed, missed, unknown]
+    assert verdicts(70 * 10**9) == [unknown] * 3, "the other method was not measured"
+    assert verdicts(1, 1, dtype="float16") == [met, unknown, unknown]
+    assert verdicts(1, 1, options={"scale": {}}) == verdicts(1, 1, device_type="cpu") == [unknown] * 3
+    # What did not fit has no rate, and on a smaller GPU says nothing.
+    assert verdicts(1, None, share=0.0) == [missed, unknown, unknown]
+    assert verdicts(1, None, share=0.0, device_memory_bytes=25e9) == [unknown] * 3
+
+    def scaled(ratio: float | None, spread: list[float] | None) -> dict[str, Any]:
+        rows = {code.scaling.TOGETHER: {"ratio": ratio, "ratio_range": spread}}
+        return code.goals.goals(report_of_a_gpu(code, cases={"scaling": {"competitors": rows}}))[2]
+
+    found = scaled(1.8, [1.5, 1.9])
+    assert (found["verdict"], found["measured"], found["range"]) == (met, 0.9, [0.75, 0.95])
+    assert scaled(1.79, [1.5, 1.9])["verdict"] == missed
+    assert scaled(None, None)["verdict"] == unknown
+    lines = code.goals.table(report_of_a_gpu(code, 70 * 10**9, 61 * 10**9, share=0.421))
+    assert [line.split(" | ")[1:] for line in lines[4:]] == [
+        ["at most 80.0 GB", "70.0 GB", "met |"],
+        ["at least 50.0%", "42.1%", "missed |"],
+        ["at least 90.0%", "", "not measured here |"],
+    ]
+
+
+def test_the_published_report_is_what_is_written_of_its_numbers(code: Any) -> None:
+    path = Path("results/reference/benchmarks/cpu-2-threads.json")
+    report = json.loads(path.read_text())
+    assert report["goals"] == code.goals.goals(report)
+    assert path.with_suffix(".md").read_text() == code.bench.markdown(report)
+    together = report["cases"]["scaling"]["competitors"][code.scaling.TOGETHER]
+    assert [goal["measured"] for goal in report["goals"]] == [None, None, together["ratio"] / 2]
+
+
+def test_what_cannot_even_be_built_is_a_row(
+    code: Any, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(models: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    method = code.cases.METHODS[0]
+    cases = {f"{method}_n80": code.cases.Case("step, pairs", full, memory=True, steps=80)}
+    monkeypatch.setattr(code.bench, "all_cases", lambda numbers: cases)
+    monkeypatch.setattr(code.bench, "matmul_peak", lambda device, dtype: 1e12)
+    report = run(code, tiny_base, tmp_path / "found.json", cases=f"{method}_n80", max_seconds=1e9)
+    assert report["missing"] == {"scaling": code.bench.NOT_ASKED}
+    text = (tmp_path / "found.md").read_text()
+    assert f"| step, pairs | 80 | {code.bench.UNBUILT} |  | 0 | - |  |  | out of memory | out of memory |" in text
+    gpu = report_of_a_gpu(
+        code, cases=report["cases"] | {f"{code.cases.METHODS[1]}_n80": report["cases"][f"{method}_n80"]}
+    )
+    assert code.goals.memory(gpu)["verdict"] == code.goals.MISSED
+    monkeypatch.setattr(code.bench, "inspected", full)
+    with pytest.raises(InvdpoError, match="a forward and a backward pass: out of GPU memory"):
+        run(code, tiny_base, tmp_path / "none.json", cases=None, max_seconds=0)
+
+
+@pytest.mark.parametrize(("cases", "count"), [(None, 2), ("scaling", 2), ("forward,training", 1)])
+def test_its_gpus_are_leased(code: Any, cases: str | None, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+
+    def taken(device: str, gpus: int) -> None:
+        asked.append((device, gpus))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(code.bench, "lease", taken)
+    for visible in (["a", "b", "c"], ["a"]):
+        monkeypatch.setattr(code.bench, "devices", lambda visible=visible: visible)
+        with pytest.raises(KeyboardInterrupt):
+            code.bench.main("none", device="cuda", threads=torch.get_num_threads(), steps="4", cases=cases)
+    assert asked == [("cuda", count), ("cuda", 1)]
 
 
 def test_a_process_that_dies_is_named(code: Any) -> None:

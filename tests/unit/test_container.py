@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from invdpo import provenance
+from invdpo.lease import FOLDER
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCKERFILE = (ROOT / "envs" / "Dockerfile").read_text()
@@ -70,6 +71,24 @@ def test_everything_that_is_copied_is_there() -> None:
     hidden = {name for name in ignored if not name.startswith(("!", "**"))}
     lost = {path for path in tracked if path.split("/")[0] in hidden and not path.startswith("results/reference/")}
     assert lost == set(), "files of the repository that the image would lack"
+
+
+def test_the_graph_s_container_is_the_image_that_is_built() -> None:
+    """What `--sdm apptainer` runs the jobs in."""
+    (image,) = re.findall(r'^container: "(.*)"$', (ROOT / "Snakefile").read_text(), re.MULTILINE)
+    assert re.findall(r"^# +apptainer build (\S+) docker-daemon://invdpo:latest", DOCKERFILE, re.MULTILINE) == [image]
+    assert "-t invdpo ." in DOCKERFILE
+    for kept_out in ("envs/Dockerfile.dockerignore", ".gitignore"):
+        assert f"*{Path(image).suffix}" in (ROOT / kept_out).read_text().split(), kept_out
+
+
+def test_containers_of_a_machine_lease_in_one_folder() -> None:
+    """Each has a /tmp of its own; Docker would make a missing folder for root alone."""
+    for path in ("envs/Dockerfile", "docs/paper_scale.md"):
+        text = re.sub(r"\\\n[# ]*", "", (ROOT / path).read_text())
+        starts = re.findall(r"docker run .*", text)
+        assert starts and all(f"-v {FOLDER}:{FOLDER} " in start for start in starts), path
+        assert text.count(f"mkdir -p -m 1777 {FOLDER}\n") == len(starts), path
 
 
 def test_the_image_knows_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,13 +10,16 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from invdpo import cli
 from invdpo import lease as module
 from invdpo.errors import InvdpoError
-from invdpo.lease import devices, lease
+from invdpo.lease import devices, lease, lease_as_rank
 
 # Leases, notes when it had what, and holds it: arguments are folder, log, device, count, seconds.
 HOLDER = """
@@ -34,6 +37,21 @@ with open(log, "a") as file:
 """
 
 
+# A rank of a job: leases, and trains, which takes all its job's ranks. Arguments are folder, job, seconds.
+RANK = """
+import json, os, sys, time
+from pathlib import Path
+from invdpo.lease import lease_as_rank
+folder, job, seconds = sys.argv[1:4]
+names = lease_as_rank("auto", Path(folder))
+print(json.dumps({"names": names, "visible": os.environ.get("CUDA_VISIBLE_DEVICES")}), flush=True)
+Path(f"{job}.{os.environ['RANK']}").touch()
+while not all(Path(f"{job}.{rank}").exists() for rank in range(int(os.environ["WORLD_SIZE"]))):
+    time.sleep(0.02)
+time.sleep(float(seconds))
+"""
+
+
 class Machine:
     """A machine of named GPUs that holders are started on."""
 
@@ -45,6 +63,20 @@ class Machine:
         process = subprocess.Popen(
             [sys.executable, "-c", HOLDER, str(self.folder), str(self.log), device, str(count), str(seconds)],
             env=os.environ | {module.VISIBLE: gpus},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        self.running.append(process)
+        return process
+
+    def rank(self, gpus: str, job: Path, number: int, port: int, seconds: float = 0) -> subprocess.Popen[str]:
+        """One of a job's two ranks, as torchrun starts it; jobs of other test runs have other ports."""
+        place = {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{os.getpid()}.{port}"}
+        process = subprocess.Popen(
+            [sys.executable, "-c", RANK, str(self.folder), str(job), str(seconds)],
+            env=os.environ | {module.VISIBLE: gpus} | place,
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -138,6 +170,100 @@ child.wait()
     assert machine.took(waiting)["names"] == ["only"]
 
 
+def test_two_jobs_of_two_ranks_never_wait_for_each_other(machine: Machine, tmp_path: Path) -> None:
+    """Started so that each has a rank here before the other's is: each would hold a GPU that the other needs."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    early = [machine.rank("a,b", first, 0, port=1), machine.rank("a,b", second, 1, port=2)]
+    found = machine.took(early[0])
+    late = [machine.rank("a,b", first, 1, port=1), machine.rank("a,b", second, 0, port=2)]
+    assert [rank.wait(20) for rank in (*early, *late)] == [0] * 4
+    assert found == machine.took(late[1]) == {"names": ["a", "b"], "visible": "a,b"}
+    assert machine.took(late[0]) == machine.took(early[1]) == {"names": ["b"], "visible": "a,b"}
+
+
+def test_a_rank_that_waits_holds_nothing_and_a_killed_job_leaves_nothing(machine: Machine, tmp_path: Path) -> None:
+    waiting = machine.rank("a,b", tmp_path / "job", 1, port=1, seconds=60)
+    alone = machine.start("b,a")
+    assert machine.took(alone)["names"] == ["b"], "nobody has it, though a rank waits for it"
+    alone.kill()
+    first = machine.rank("a,b", tmp_path / "job", 0, port=1, seconds=60)
+    assert machine.took(first)["names"] == ["a", "b"] and machine.took(waiting)["names"] == ["b"]
+    refused = machine.rank("c,d", tmp_path / "other", 0, port=1)
+    assert f"Another job of this machine meets at MASTER_PORT {os.getpid()}.1." in refused.communicate()[1]
+    first.kill()
+    assert machine.took(machine.start("a"))["names"] == ["a"]
+    again = machine.rank("a,b", tmp_path / "again", 1, port=1)
+    held = machine.start("b", seconds=0)
+    assert held.stderr is not None and f"b by process {waiting.pid}" in held.stderr.readline(), "it still trains"
+    waiting.kill()
+    assert machine.took(held)["names"] == ["b"]
+    assert again.poll() is None, "the killed one's place is not taken for the job's own"
+
+
+def test_ranks_without_gpus_enough_are_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", module.VISIBLE: "a"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InvdpoError, match=r"2 processes need a GPU each, and 1 are visible \(a\)"):
+        lease_as_rank("cuda", tmp_path / "leases")
+    assert lease_as_rank("cpu", tmp_path / "leases") == []
+    assert not (tmp_path / "leases").exists()
+
+
+def test_a_command_leases_for_itself_or_as_one_of_its_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(module, "lease", lambda device, count: asked.append((device, count)))
+    monkeypatch.setattr(module, "lease_as_rank", asked.append)
+    for name, value in {"RANK": "1", "WORLD_SIZE": "1", "OMP_NUM_THREADS": str(torch.get_num_threads())}.items():
+        monkeypatch.setenv(name, value)
+    study: Any = SimpleNamespace(checksums=None, device="cpu")
+    cli._device(study, gpus=2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    cli._device(study, gpus=2)
+    cli._device(study, gpus=0)
+    assert asked == [("cpu", 2), "cpu"]
+
+
+def test_a_job_that_cannot_see_who_holds_its_gpu_says_so(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As in a container, which is shown its own processes alone."""
+    machine.took(machine.start("only"))
+    monkeypatch.setattr(module, "_holders", lambda path: [])
+    monkeypatch.setattr(module.log, "propagate", True)
+
+    def no_more(seconds: float) -> None:
+        raise TimeoutError
+
+    monkeypatch.setattr(module.time, "sleep", no_more)
+    with caplog.at_level("INFO", logger="invdpo"), pytest.raises(TimeoutError):
+        module._wait(["only"], 1, machine.folder)
+    assert caplog.messages == ["waiting for 1 of 1 GPUs, leased to other jobs: only by one unseen here"]
+
+
+def test_a_folder_that_its_owner_alone_can_write_is_opened_to_all(tmp_path: Path) -> None:
+    """As Docker makes one that is missing."""
+    folder = tmp_path / "leases"
+    folder.mkdir(mode=0o755)
+    os.close(module._open(folder / "a.lock"))
+    assert folder.stat().st_mode & 0o7777 == 0o1777
+
+
+@pytest.mark.usefixtures("smi")
+@pytest.mark.parametrize("given", [None, "FASTEST_FIRST"])
+def test_cuda_counts_gpus_as_the_leases_do(given: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By itself it counts the fastest first, and number 0 of a mixed machine may be the lease of number 1."""
+    monkeypatch.setenv(module.ORDER, given or "")  # which the lease may change
+    if given is None:
+        del os.environ[module.ORDER]
+    monkeypatch.setattr(module, "_descriptors", held := [])
+    monkeypatch.setenv(module.HOLDER, "none")  # which the lease changes
+    assert lease("cuda:1", 1, tmp_path) == ["MIG-cccc-3"]
+    assert os.environ[module.ORDER] == (given or "PCI_BUS_ID"), "what was set is respected"
+    assert [path.name for path in tmp_path.glob("*.lock")] == ["MIG-cccc-3.lock"]
+    for descriptor in held:
+        os.close(descriptor)
+
+
 def test_no_gpu_no_lease(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     folder = tmp_path / "leases"
     monkeypatch.setenv(module.VISIBLE, "a")
@@ -170,12 +296,18 @@ GPU 1: NVIDIA H100 80GB HBM3 (UUID: GPU-bbbb-2)
 """
 
 
-def test_gpus_are_known_by_uuid_and_parts_replace_a_cut_up_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    program = tmp_path / "nvidia-smi"
+@pytest.fixture
+def smi(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """An nvidia-smi that lists those, all of them visible."""
+    program = tmp_path_factory.mktemp("bin") / "nvidia-smi"
     program.write_text(f"#!/bin/sh\ncat <<'END'\n{LISTING}END\n")
     program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
     monkeypatch.delenv(module.VISIBLE, raising=False)
+
+
+@pytest.mark.usefixtures("smi")
+def test_gpus_are_known_by_uuid_and_parts_replace_a_cut_up_one(tmp_path: Path) -> None:
     assert devices() == ["GPU-aaaa-1", "MIG-cccc-3", "MIG-dddd-4"]
     names = {module._file(name, tmp_path) for name in ("0", "GPU-aaaa-1", "GPU-aa")}
     assert len(names) == 1, "one file however the GPU is called"

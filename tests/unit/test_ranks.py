@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -453,6 +454,23 @@ def test_launch_ends_with_the_rank_that_died(monkeypatch: pytest.MonkeyPatch, te
         ranks.launch(2, program(text))
     assert time.monotonic() - began < 10
     assert children() <= before, "none is left"
+
+
+@pytest.mark.parametrize(
+    ("codes", "named"),
+    [
+        ([-signal.SIGABRT, 1], (1, 1)),
+        ([-signal.SIGABRT, ranks.LOST, -signal.SIGKILL], (2, -signal.SIGKILL)),
+        ([None, -signal.SIGABRT], (1, -signal.SIGABRT)),
+        ([ranks.LOST, -signal.SIGABRT], (1, -signal.SIGABRT)),
+    ],
+)
+def test_the_rank_that_failed_is_told_from_those_that_abort_over_it(
+    codes: list[int | None], named: tuple[int, int]
+) -> None:
+    """Ended between two looks at them, as where a watchdog is as fast as the failing one's own end."""
+    processes: Any = [SimpleNamespace(poll=lambda code=code: code) for code in codes]
+    assert ranks._first_failure(processes) == named
 
 
 def test_launch_passes_a_stop_on_once_and_lets_the_ranks_finish(tmp_path: Path) -> None:

@@ -196,13 +196,17 @@ def launch(processes: int, command: Sequence[str]) -> None:
 
 
 def _first_failure(ranks: list[subprocess.Popen[bytes]]) -> tuple[int, int] | None:
-    """Number and status of the rank that failed, as soon as one has; None when all have succeeded."""
+    """Number and status of the rank that failed, as soon as one has; None when all have succeeded.
+
+    NCCL's watchdog aborts the ranks that lost one: of several, one that ended otherwise is the cause.
+    """
     while True:
         codes = [rank.poll() for rank in ranks]
         ended = {number: code for number, code in enumerate(codes) if code}
         own = {number: code for number, code in ended.items() if code not in (LOST, STOPPED)}
+        causes = {number: code for number, code in own.items() if code != -signal.SIGABRT}
         if own or None not in codes:
-            return next(iter((own or ended).items()), None)
+            return next(iter((causes or own or ended).items()), None)
         time.sleep(0.1)
 
 
