@@ -185,6 +185,7 @@ def _backward(arm: ArmConfig, policy: _Free, reference: _Free, seed: int, step: 
         strength=torch.ones(pairs, dtype=torch.float64),
         chunk=settings.chunk,
         reference_first=settings.reference_offload,
+        final_at_once=settings.shard and settings.processes > 1,
     )
     return output.unet_evals
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from invdpo.config import read_yaml
 from invdpo.errors import InvdpoError
 from invdpo.machine import GB, Disk, Machine, disk_at, held, machine_for
+from invdpo.memory import CUDA_CONTEXT, remedies, training_memory
 from invdpo.plan_sizes import (
-    CUDA_CONTEXT,
     Download,
     Networks,
     Pairs,
@@ -29,7 +29,6 @@ from invdpo.plan_sizes import (
     networks_of,
     preference_pairs,
     sizes,
-    training_memory,
 )
 
 if TYPE_CHECKING:
@@ -199,7 +198,7 @@ def plan(
         problems=problems,
         assumptions=assumptions + _assumptions(study, pairs, machine, throughput),
     )
-    result.problems += [*_too_large_for_devices(study, result), *_too_large_for_disks(study, result)]
+    result.problems += [*_too_large_for_devices(study, result, own), *_too_large_for_disks(study, result)]
     return result
 
 
@@ -294,18 +293,15 @@ def _disks(study: StudyConfig, stored: dict[str, float], wanted: dict[str, Downl
     return [disk_at(f"{study.root}/", study.root, needed), disk_at("the hub's cache", Path(HF_HUB_CACHE), fetched)]
 
 
-def _too_large_for_devices(study: StudyConfig, found: Plan) -> list[str]:
+def _too_large_for_devices(study: StudyConfig, found: Plan, networks: dict[str, Networks]) -> list[str]:
     """What the machine's GPUs and memory are too small or too few for, a sentence each."""
-    from invdpo.training.loop import remedies
-    from invdpo.training.ranks import Ranks
-
     machine, problems = found.machine, []
     if machine.kind == "gpu":
         have = f"the {machine.memory:.3g} GB of {machine.name}"
         large = {name: arm.train_memory for name, arm in found.arms.items() if arm.train_memory > machine.memory}
         if large:
             worst = max(large, key=lambda name: large[name])
-            ways = remedies(study.arm(worst), Ranks(size=found.arms[worst].devices))
+            ways = remedies(study.arm(worst), networks[worst])
             steps = "; ".join(f"({number}) {way}" for number, way in enumerate(ways, start=1))
             others = f", as {len(large) - 1} more arms do" if len(large) > 1 else ""
             problems.append(
@@ -412,9 +408,10 @@ def _assumptions(study: StudyConfig, pairs: Pairs, machine: Machine, throughput:
         "not in the hours: scoring the images, text encoders, loading and saving, a failed or repeated job"
         + "".join(f", experiment {name}" for name in uncounted),
         "memory: fp32 weights of policy and base (also the reference, where it is not another), gradients and "
-        "optimizer; weights in half precision and activations of the latents whose graph is alive at once, as the "
-        f"training code keeps them; {CUDA_CONTEXT / GB:g} GB for CUDA; in evaluation the scorers beside the UNet. "
-        "Fragments of memory, and what cuDNN takes to work in, are not counted",
+        "optimizer, with `training.shard` in equal parts and the largest block whole; weights in half precision and "
+        "activations of the latents whose graph is alive at once, as the training code keeps them; "
+        f"{CUDA_CONTEXT / GB:g} GB for CUDA; in evaluation the scorers beside the UNet. Fragments of memory, and what "
+        "cuDNN takes to work in, are not counted",
         "downloads: as if the hub's cache were empty; weights whose size is not known as the base's UNet in fp32, the "
         "most that they can be",
     ]

@@ -11,34 +11,27 @@ from typing import TYPE_CHECKING, Any
 from invdpo.config import read_yaml
 from invdpo.errors import InvdpoError
 from invdpo.machine import GB
+from invdpo.memory import CUDA_CONTEXT, LORA_SHARE, OPTIMIZER_BYTES, Denoiser, is_sharded
 from invdpo.prompts import PROMPT_SETS, read_prompts
 
 if TYPE_CHECKING:
     from invdpo.config import ArmConfig, ScorersConfig, StudyConfig
-    from invdpo.cost import Held
 
 SIZES = Path("config/sizes.yaml")
-CUDA_CONTEXT = 1.0e9  # bytes: the driver's and the libraries' own
 DECODING = 8.0e9  # bytes of a VAE that decodes `sampling.DECODED_PIXELS` at once in fp32; half of that in fp16
-OPTIMIZER_BYTES = {"adamw": 8.0, "adamw_8bit": 2.0, "adafactor": 0.02}  # a trained parameter
-LORA_SHARE = 0.01  # of the parameters, at most, for ranks up to 16 in the attention layers
-SUMMED = 2 * 4 * 2**25  # bytes: a bucket of gradients that processes sum, and its place in the network (training.ranks)
 PROGRAM = 3.0e9  # bytes of a job's memory for Python, the libraries and CUDA's, a CPU's job a third of that
 
 
 @dataclass(frozen=True)
-class Networks:
+class Networks(Denoiser):
     """Sizes of a pipeline at a resolution; see `invdpo.network_size.networks`."""
 
-    unet_parameters: float
     vae_parameters: float
     text_parameters: float
     unet_flops: float
     unet_operations: float
     encode_flops: float
     decode_flops: float
-    graph_bytes: float
-    checkpointed_bytes: float
     latent_elements: float
     caption_elements: float
 
@@ -241,32 +234,6 @@ def _experiment_places(study: StudyConfig) -> Iterator[tuple[str, str]]:
             yield f"{model}:{pretrained}" if pretrained else model, "features"
 
 
-def training_memory(arm: ArmConfig, networks: Networks, alive: Held, kind: str) -> float:
-    """Bytes on one device while the arm trains. alive: see `invdpo.cost.held`."""
-    training, recipe, parameters = arm.training, arm.recipe, networks.unet_parameters
-    on_gpu = kind == "gpu"
-    mixed = on_gpu and arm.identity["precision"] != "fp32"  # half-precision passes over fp32 weights
-    copy = 0.0  # of the base, in the reference's own type; a CPU only rounds it
-    if recipe.reference_dtype != "float32":
-        copy = (2 if on_gpu else 4) * parameters
-    trained, weights = parameters, 8 * parameters + copy  # policy and base
-    if training.lora is not None:
-        trained = LORA_SHARE * parameters
-        weights = 4 * parameters + 4 * trained + copy
-    elif training.reference_offload:
-        weights = 4 * parameters
-    each = networks.checkpointed_bytes if training.gradient_checkpointing else networks.graph_bytes
-    working = alive.latents * each * (1 if mixed else 2)
-    if mixed:
-        # A call's graph keeps its own weights in half precision; with checkpointing only one call has them at a time.
-        working += 2 * parameters * (1 if training.gradient_checkpointing else alive.calls)
-    if training.reference_offload:
-        working = max(working, copy or 4 * parameters)  # the reference comes before the graph
-    gradients = trained * (4 * alive.gradients + OPTIMIZER_BYTES[training.optimizer])
-    summed = SUMMED if training.processes > 1 else 0
-    return weights + gradients + working + summed + (CUDA_CONTEXT if on_gpu else 0)
-
-
 def evaluation_memory(
     study: StudyConfig, arm: ArmConfig, networks: Networks, known: dict[str, Any], kind: str
 ) -> float:
@@ -302,8 +269,15 @@ def host_memory(arm: ArmConfig, networks: Networks, kind: str) -> float:
     training, weights = arm.training, 4 * networks.unet_parameters
     if not arm.trains:
         return PROGRAM + weights
-    copies = 1 + training.reference_offload + (training.lora is not None)
-    return training.processes * (PROGRAM + copies * weights)
+    elsewhere = training.reference_offload or is_sharded(arm)  # the base stays there, and the policy is copied there
+    copies = (2 if elsewhere or training.lora is not None else 1) * weights
+    if elsewhere and arm.recipe.reference_dtype != "float32":
+        copies += weights / 2
+    held = training.processes * copies
+    if is_sharded(arm):
+        # The first process saves weights and moments whole, beside the bases.
+        held = max(held, training.processes * weights + weights + OPTIMIZER_BYTES["adamw"] * networks.unet_parameters)
+    return training.processes * PROGRAM + held
 
 
 def disk(

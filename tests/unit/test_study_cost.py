@@ -185,9 +185,11 @@ def test_gradients_that_are_kept_beside_those_that_are_added_are_counted() -> No
 
 
 def test_what_does_not_fit_is_said() -> None:
-    study = sdxl({"optimizer": "adamw", "gradient_checkpointing": False, "processes": 2})
+    study = sdxl({"optimizer": "adamw", "gradient_checkpointing": False, "processes": 2, "micro_batch": 2})
     problems = plan(study, gpu="h100").problems
     assert any("`dpo` needs about" in text and "`training.gradient_checkpointing: true`" in text for text in problems)
+    assert any("(1) `training.shard: true`: about" in text for text in problems)
+    assert plan(sdxl({"optimizer": "adamw", "processes": 2, "shard": True}), gpu="a100", gpus=2).problems == []
     assert any("trains with 2 processes" in text for text in problems)
     assert plan(sdxl(), gpu="h100").problems == []
     small = plan(sdxl(), gpu_memory=24)
