@@ -6,6 +6,8 @@ them is printed below the tables.
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +36,8 @@ from invdpo.plan_sizes import (
 if TYPE_CHECKING:
     from invdpo.config import StudyConfig
     from invdpo.cost import Spent
+
+log = logging.getLogger("invdpo")
 
 # Seconds that a core takes to decode, resize and turn into numbers a JPEG of one megapixel: measured, 15 to 19 ms.
 DECODE_SECONDS = 0.02
@@ -418,19 +422,28 @@ def _assumptions(study: StudyConfig, pairs: Pairs, machine: Machine, throughput:
     return found
 
 
-def read_throughput(text: str) -> float:
-    """UNet evaluations a second: a number, or a JSON file with `unet_evals` and `seconds`, as a run.json has them."""
+def read_throughput(text: str, base: str) -> float:
+    """UNet evaluations a second of one device: a number, or a JSON file with `unet_evals` (of all processes), `seconds`
+    and `processes` (1 where it has none), as a run.json has them.
+
+    base: the study's, which a file of another one is said not to be of. Raises InvdpoError for what is no such file or
+    number, or not positive and finite.
+    """
     try:
         value = float(text)
     except ValueError:
         content = read_yaml(Path(text))
         try:
-            value = content["unet_evals"] / content["seconds"]
-        except (KeyError, TypeError, ZeroDivisionError) as error:
+            spent = [float(content[name]) for name in ("unet_evals", "seconds")]
+            value = spent[0] / spent[1] / content.get("processes", 1) if min(spent) > 0 else 0.0
+            made = content.get("base", base)
+        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
             raise InvdpoError(
                 f"--throughput {text}: expected `unet_evals` and `seconds` in it, as in the run.json of a finished "
                 "run; or give a number, UNet evaluations a second of one device."
             ) from error
-    if not value > 0:
-        raise InvdpoError(f"--throughput {text}: it must be positive.")
+        if made != base:
+            log.warning(f"--throughput {text}: that run's base is {made}, the study's is {base}: hours are by its rate")
+    if not (value > 0 and math.isfinite(value)):
+        raise InvdpoError(f"--throughput {text}: it must be positive and finite.")
     return value

@@ -188,7 +188,7 @@ def test_what_does_not_fit_is_said() -> None:
     study = sdxl({"optimizer": "adamw", "gradient_checkpointing": False, "processes": 2, "micro_batch": 2})
     problems = plan(study, gpu="h100").problems
     assert any("`dpo` needs about" in text and "`training.gradient_checkpointing: true`" in text for text in problems)
-    assert any("(1) `training.shard: true`: about" in text for text in problems)
+    assert any("`training.shard: true`: about" in text for text in problems)
     assert plan(sdxl({"optimizer": "adamw", "processes": 2, "shard": True}), gpu="a100", gpus=2).problems == []
     assert any("trains with 2 processes" in text for text in problems)
     assert plan(sdxl(), gpu="h100").problems == []
@@ -355,15 +355,31 @@ def test_what_is_not_known_is_an_error(changes: dict[str, Any], words: str) -> N
         plan(sdxl(), gpu="abacus")
 
 
-def test_a_rate_is_a_number_or_a_finished_run(tmp_path: Path) -> None:
+def test_a_rate_is_a_number_or_a_finished_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = tmp_path / "run.json"
     run.write_text('{"unet_evals": 300, "seconds": 2.0}')
-    assert read_throughput("12.5") == 12.5 and read_throughput(str(run)) == 150
-    run.write_text('{"unet_evals": 300}')
-    with pytest.raises(InvdpoError, match="expected `unet_evals` and `seconds`"):
-        read_throughput(str(run))
-    with pytest.raises(InvdpoError, match="must be positive"):
-        read_throughput("0")
+    assert read_throughput("12.5", "a/b") == 12.5 and read_throughput(str(run), "a/b") == 150
+    # Evaluations are those of all processes, seconds those of the clock.
+    run.write_text('{"unet_evals": 300, "seconds": 2.0, "processes": 3, "base": "a/b"}')
+    assert read_throughput(str(run), "a/b") == 50 and not caplog.records
+    assert read_throughput(str(run), "c/d") == 50
+    assert "that run's base is a/b, the study's is c/d" in caplog.text
+    for content in ('{"unet_evals": 300}', '{"unet_evals": 300, "seconds": "long"}', "[1]"):
+        run.write_text(content)
+        with pytest.raises(InvdpoError, match="expected `unet_evals` and `seconds`"):
+            read_throughput(str(run), "a/b")
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "inf", "nan"])
+def test_a_rate_that_is_none_is_refused(text: str, tmp_path: Path) -> None:
+    with pytest.raises(InvdpoError, match="must be positive and finite"):
+        read_throughput(text, "a/b")
+    run = tmp_path / "run.json"
+    for evals, seconds in ((text, "1"), ("-1", "-1")):
+        number = {"inf": "Infinity", "nan": "NaN"}.get(evals, evals)
+        run.write_text(f'{{"unet_evals": {number}, "seconds": {seconds}}}')
+        with pytest.raises(InvdpoError, match="must be positive and finite"):
+            read_throughput(str(run), "a/b")
 
 
 def test_the_command_prints_tables_or_json() -> None:
