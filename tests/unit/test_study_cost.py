@@ -21,6 +21,7 @@ from invdpo.plan import plan, read_throughput
 from invdpo.plan_sizes import Download, held_bytes, sizes
 from invdpo.plan_text import to_text
 
+REAL_GPU = machine.this_gpu
 ROOT = Path(__file__).resolve().parents[2]
 UNET, VAE, TEXT = 2_567_463_684, 83_653_863, 817_720_320  # parameters of SDXL's networks
 
@@ -258,6 +259,89 @@ def test_this_machines_gpu_is_planned_for(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(machine, "devices", lambda: ["a", "b"])
     found = plan(sdxl()).machine
     assert (found.devices, found.tflops, found.memory) == (2, 989, 85.5)
+
+
+def _smi(folder: Path, monkeypatch: pytest.MonkeyPatch, listing: str, totals: str) -> None:
+    """A machine whose nvidia-smi says so."""
+    (folder / "nvidia-smi").write_text(f"#!/bin/sh\n[ \"$1\" = -L ] && printf '{listing}' || printf '{totals}'\n")
+    (folder / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=":")
+    monkeypatch.setattr(machine, "this_gpu", REAL_GPU)
+
+
+@pytest.mark.parametrize(
+    ("visible", "name", "memory", "count"),
+    [
+        (None, "NVIDIA GeForce RTX 3090", 24576 * 2**20 / 1e9, 2),  # a job may get either
+        ("0", "NVIDIA A100 80GB PCIe", 81920 * 2**20 / 1e9, 1),
+        ("1", "NVIDIA GeForce RTX 3090", 24576 * 2**20 / 1e9, 1),
+        ("GPU-bbbb", "NVIDIA GeForce RTX 3090", 24576 * 2**20 / 1e9, 1),
+        ("GPU-aaaa-1", "NVIDIA A100 80GB PCIe", 81920 * 2**20 / 1e9, 1),
+    ],
+)
+def test_the_smallest_visible_gpu_is_planned_for(
+    visible: str | None, name: str, memory: float, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listing = "GPU 0: NVIDIA A100 80GB PCIe (UUID: GPU-aaaa-1)\\nGPU 1: NVIDIA GeForce RTX 3090 (UUID: GPU-bbbb-2)\\n"
+    _smi(tmp_path, monkeypatch, listing, "NVIDIA A100 80GB PCIe, 81920\\nNVIDIA GeForce RTX 3090, 24576\\n")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    found = plan(sdxl()).machine
+    assert (found.name, found.memory, found.devices) == (name, pytest.approx(memory), count)
+
+
+@pytest.mark.parametrize("visible", [None, "1", "MIG-dddd-4"])
+def test_a_part_of_a_gpu_has_its_profiles_memory_and_rate(
+    visible: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listing = (
+        "GPU 0: NVIDIA A100-SXM4-80GB (UUID: GPU-aaaa-1)\\n  MIG 1g.10gb     Device  0: (UUID: MIG-cccc-3)\\n"
+        "  MIG 1g.10gb     Device  1: (UUID: MIG-dddd-4)\\n"
+    )
+    _smi(tmp_path, monkeypatch, listing, "NVIDIA A100-SXM4-80GB, 81920\\n")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    found = plan(sdxl())
+    assert (found.machine.memory, found.machine.devices) == (10, 2 if visible is None else 1)
+    assert found.machine.tflops == pytest.approx(312 / 7)
+    assert any("the 10 GB of NVIDIA A100-SXM4-80GB MIG 1g.10gb" in text for text in found.problems)
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H800", 989),
+        ("NVIDIA A800-SXM4-80GB", 312),
+        ("NVIDIA L40", 181),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA A10G", 70),
+        ("NVIDIA RTX A6000", 155),
+        ("NVIDIA GeForce RTX 4090", 165),
+        ("rtx4090", 165),
+        ("h200", 989),
+        ("a100", 312),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA RTX A4000", None),
+        ("Tesla V100-SXM2-32GB", None),  # on which the lock's torch does not run
+    ],
+)
+def test_gpus_are_known_by_their_names(name: str, tflops: float | None) -> None:
+    if tflops is None:
+        with pytest.raises(InvdpoError, match="not known"):
+            plan(sdxl(), gpu=name)
+    else:
+        assert plan(sdxl(), gpu=name).machine.tflops == tflops
+
+
+def test_a_study_for_the_cpu_is_not_told_that_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "this_gpu", lambda: ("NVIDIA H100 80GB HBM3", 85.5))
+    problem = plan(sdxl(device="cpu")).problems[0]
+    assert problem.startswith("The study says `device: cpu`, and this machine's") and "no GPU" not in problem
 
 
 def test_downloads_are_what_is_not_here() -> None:
