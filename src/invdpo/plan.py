@@ -202,7 +202,7 @@ def plan(
         problems=problems,
         assumptions=assumptions + _assumptions(study, pairs, machine, throughput),
     )
-    result.problems += [*_too_large_for_devices(study, result, own), *_too_large_for_disks(study, result)]
+    result.problems += [*_too_large_for_devices(study, result, own, known), *_too_large_for_disks(study, result)]
     return result
 
 
@@ -297,7 +297,16 @@ def _disks(study: StudyConfig, stored: dict[str, float], wanted: dict[str, Downl
     return [disk_at(f"{study.root}/", study.root, needed), disk_at("the hub's cache", Path(HF_HUB_CACHE), fetched)]
 
 
-def _too_large_for_devices(study: StudyConfig, found: Plan, networks: dict[str, Networks]) -> list[str]:
+def _alone(study: StudyConfig, arm: str, networks: Networks, known: dict[str, Any]) -> float:
+    """Bytes of a GPU where images are drawn one at a time."""
+    sampling = study.sampling.model_copy(update={"batch": 1})
+    seen = study.model_copy(update={"sampling": sampling}).with_base_of(arm)
+    return evaluation_memory(seen, study.arm(arm), networks, known, "gpu")
+
+
+def _too_large_for_devices(
+    study: StudyConfig, found: Plan, networks: dict[str, Networks], known: dict[str, Any]
+) -> list[str]:
     """What the machine's GPUs and memory are too small or too few for, a sentence each."""
     machine, problems = found.machine, []
     if machine.kind == "gpu":
@@ -312,11 +321,14 @@ def _too_large_for_devices(study: StudyConfig, found: Plan, networks: dict[str, 
                 f"Training `{worst}` needs about {large[worst]:.3g} GB on each GPU{others}, more than {have}: the "
                 f"study does not fit. In the order that helps most: {steps}."
             )
-        scored = max(arm.evaluate_memory for arm in found.arms.values())
+        worst = max(found.arms, key=lambda name: found.arms[name].evaluate_memory)
+        scored = found.arms[worst].evaluate_memory
         if scored > machine.memory:
+            least = _alone(study, worst, networks[worst], known) / GB
+            batch = f"`sampling.batch: 1` (now {study.sampling.batch}): about {least:.3g} GB; "
             problems.append(
-                f"Sampling and scoring need about {scored:.3g} GB, more than {have}: the study does not fit. Lower "
-                f"`sampling.batch` (now {study.sampling.batch}), or take fewer `scorers` at a time."
+                f"Sampling and scoring need about {scored:.3g} GB, more than {have}: the study does not fit. "
+                f"{batch if least < scored else ''}fewer `scorers` at a time."
             )
         most = max(arm.devices for arm in found.arms.values())
         if most > machine.devices:
@@ -414,8 +426,8 @@ def _assumptions(study: StudyConfig, pairs: Pairs, machine: Machine, throughput:
         "memory: fp32 weights of policy and base (also the reference, where it is not another), gradients and "
         "optimizer, with `training.shard` in equal parts and the largest block whole; weights in half precision and "
         "activations of the latents whose graph is alive at once, as the training code keeps them; "
-        f"{CUDA_CONTEXT / GB:g} GB for CUDA; in evaluation the scorers beside the UNet. Fragments of memory, and what "
-        "cuDNN takes to work in, are not counted",
+        f"{CUDA_CONTEXT / GB:g} GB for CUDA; in evaluation the scorers beside the UNet, and what a batch of "
+        "`sampling.batch` has at a time. Fragments of memory, and what cuDNN takes to work in, are not counted",
         "downloads: as if the hub's cache were empty; weights whose size is not known as the base's UNet in fp32, the "
         "most that they can be",
     ]

@@ -238,17 +238,25 @@ def evaluation_memory(
     study: StudyConfig, arm: ArmConfig, networks: Networks, known: dict[str, Any], kind: str
 ) -> float:
     """Bytes on one device while the arm's checkpoints are sampled and scored: the UNet in fp32, the next one beside it
-    where there are several, a second one that guides, the codec at work, and all scorers."""
+    where there are several, a second one that guides, the codec, all scorers, and what either the UNet or the codec has
+    at a time while it works on a batch."""
+    from invdpo.inversion.guidance import evaluations
+    from invdpo.sampling import DECODED_PIXELS
+
+    sampling, pixels = study.sampling, study.training.resolution**2
     unets = min(2, len(arm.training.grid)) if arm.trains else 1
+    latents = sampling.batch * evaluations(sampling.guidance_scale)
     if arm.trains and arm.recipe.sampling_branch == "unconditional":
-        unets += 1
+        unets, latents = unets + 1, sampling.batch  # of the two halves each by a network of its own
     scorers = 0.0
     for place in scorer_places(study.scorers):
         scorers += held_bytes(_local(place)) if _local(place).exists() else (_file_size(place, known) or 0) * GB
     half = in_half(study, known, kind)
-    decoding = DECODING if kind == "gpu" else 0.0
-    own = (CUDA_CONTEXT if kind == "gpu" else 0) + (0.5 if half else 1) * decoding
-    return 4 * unets * networks.unet_parameters + (2 if half else 4) * networks.vae_parameters + scorers + own
+    drawing = latents * networks.forward_bytes * (1 if kind == "gpu" and study.precision != "fp32" else 2)
+    decoded = min(sampling.batch, max(1, DECODED_PIXELS // pixels)) * pixels / DECODED_PIXELS
+    working = max(drawing, (0.5 if half else 1) * decoded * DECODING)
+    weights = 4 * unets * networks.unet_parameters + (2 if half else 4) * networks.vae_parameters
+    return weights + scorers + working + (CUDA_CONTEXT if kind == "gpu" else 0)
 
 
 def held_bytes(place: Path) -> float:

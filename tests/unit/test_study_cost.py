@@ -144,11 +144,30 @@ def test_memory_is_the_sum_of_its_parts() -> None:
 
 
 def test_memory_of_evaluation_is_the_sum_of_its_parts() -> None:
-    """The UNet in fp32, the one of the next checkpoint beside it, the codec in fp32, PickScore, and what decodes."""
-    found = plan(sdxl(), gpu="h100").arms
-    alone = (4 * UNET + 4 * VAE + 8e9 + 1e9) / 1e9 + 3.94
-    assert found["base"].evaluate_memory == pytest.approx(alone)
-    assert found["dpo"].evaluate_memory == pytest.approx(alone + 4 * UNET / 1e9)
+    """The UNet in fp32, the one of the next checkpoint beside it, the codec in fp32, PickScore, and what decodes (two
+    images at a time) or, of a large batch, draws: each image twice for guidance."""
+    alone = (4 * UNET + 4 * VAE + 1e9) / 1e9 + 3.94
+    each = sizes()["pipelines"]["sdxl"]["forward_bytes"] / 1e9
+
+    def evaluated(batch: int, **changes: Any) -> float:
+        sampling = {"steps": 50, "guidance_scale": 7.5, "batch": batch} | changes.pop("sampling", {})
+        found = plan(sdxl(sampling=sampling, **changes), gpu="h100").arms
+        assert found["dpo"].evaluate_memory == pytest.approx(found["base"].evaluate_memory + 4 * UNET / 1e9)
+        return found["base"].evaluate_memory - alone
+
+    assert evaluated(1) == pytest.approx(4) and evaluated(2) == evaluated(4) == pytest.approx(8)
+    assert evaluated(32) == pytest.approx(64 * each) and 64 * each > 10
+    assert evaluated(64, sampling={"guidance_scale": 1.0}) == pytest.approx(64 * each)
+    assert evaluated(32, precision="fp32") == pytest.approx(128 * each)
+
+
+def test_a_smaller_batch_is_advised_where_it_helps() -> None:
+    def problem(batch: int) -> str:
+        study = sdxl(sampling={"steps": 50, "guidance_scale": 7.5, "batch": batch})
+        return next(text for text in plan(study, gpu="rtx4090").problems if text.startswith("Sampling"))
+
+    assert "`sampling.batch: 1` (now 64): about 29.8 GB; fewer `scorers`" in problem(64)
+    assert "sampling.batch" not in problem(1) and "fewer `scorers`" in problem(1)
 
 
 @pytest.mark.parametrize(
@@ -381,8 +400,8 @@ def test_published_weights_are_fetched_and_sampled_as_their_own_base_is() -> Non
     assert large.evaluate_evaluations == small.evaluate_evaluations == 500 * 20 * 2
     assert small.evaluate_hours / large.evaluate_hours == pytest.approx(ratio, rel=0.25)  # and decoding, in fp32
     less = known["pipelines"]["sdxl"]["unet_parameters"] - known["pipelines"]["sd15"]["unet_parameters"]
-    # SDXL's codec runs in half precision here, SD1.5's own does not, and decodes in twice the memory.
-    assert large.evaluate_memory - small.evaluate_memory == pytest.approx((4 * less - 2 * VAE - 4e9) / 1e9)
+    # SDXL's codec runs in half precision here and SD1.5's does not, whose four images have half of the pixels of two.
+    assert large.evaluate_memory - small.evaluate_memory == pytest.approx((4 * less - 2 * VAE) / 1e9)
 
 
 def test_only_files_that_hold_the_pairs_of_the_runs_are_fetched() -> None:
