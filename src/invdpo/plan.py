@@ -130,8 +130,9 @@ def plan(
     known, assumptions = sizes(), []
     settings = study.experiments.inversion_error
     networks = networks_of(study, known, assumptions)
-    prompts = count_prompts(study, assumptions)
-    pairs, fetched = preference_pairs(study, known, assumptions)
+    prompts = count_prompts(study.prompts, study.sampling.prompts, assumptions)
+    own_prompts = count_prompts(study.own_samples.prompts, None, assumptions) if study.own_samples else 0
+    pairs, fetched = preference_pairs(study, own_prompts, known, assumptions)
     own = _own_networks(study, networks, known, assumptions)
     arms = {name: study.arm(name) for name in study.arms}
     seeds = {name: study.seeds if arm.trains else [0] for name, arm in arms.items()}
@@ -170,7 +171,7 @@ def plan(
             devices=arm.training.processes if arm.trains else 1,
         )
     stages = {
-        "own_samples": _own_samples(study, networks, clock, half),
+        "own_samples": _own_samples(study, own_prompts, networks, clock, half),
         "preferences": Stage(int(pairs.count > 0), 0, _encoding(study, pairs, networks, clock)),
         "train": _sum((arm.train_evaluations, arm.train_hours) for arm in found.values()),
         "evaluate": _sum((arm.evaluate_evaluations, arm.evaluate_hours) for arm in found.values()),
@@ -200,7 +201,7 @@ def plan(
             ),
         },
         problems=problems,
-        assumptions=assumptions + _assumptions(study, pairs, machine, throughput),
+        assumptions=assumptions + _assumptions(study, pairs, wanted, machine, throughput),
     )
     result.problems += [*_too_large_for_devices(study, result, own, known), *_too_large_for_disks(study, result)]
     return result
@@ -235,17 +236,15 @@ def _encoding(study: StudyConfig, pairs: Pairs, networks: Networks, clock: Clock
     return max(encode, decode / workers) if workers else encode + decode
 
 
-def _own_samples(study: StudyConfig, networks: Networks, clock: Clock, half: bool) -> Stage:
+def _own_samples(study: StudyConfig, prompts: int, networks: Networks, clock: Clock, half: bool) -> Stage:
     """Drawing the samples that the pairs are made of; scoring them is counted no more than elsewhere."""
     from invdpo import cost
-    from invdpo.prompts import read_prompts
 
     own = study.own_samples
     if own is None:
         return Stage(0, 0, 0.0)
     scale = study.sampling.guidance_scale if own.guidance_scale is None else own.guidance_scale
     sampling = study.sampling.model_copy(update={"guidance_scale": scale})
-    prompts = len(read_prompts(own.prompts))
     spent = cost.sampled(sampling, prompts).times(own.images)
     decoding = clock.codec(own.images * prompts * networks.decode_flops, half)
     return Stage(3, spent.evaluations, clock.unet(spent, networks, half) + decoding)
@@ -289,11 +288,11 @@ def count_jobs(study: StudyConfig) -> dict[str, int]:
 
 
 def _disks(study: StudyConfig, stored: dict[str, float], wanted: dict[str, Download]) -> list[Disk]:
-    """The disks under the results and under the hub's cache; what the results hold already is room for the rest."""
+    """The disks under the results and under the hub's cache, for what neither holds already."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     needed = max(0.0, sum(stored.values()) - held(study.root))
-    fetched = sum(download.bound for download in wanted.values())
+    fetched = sum(download.missing for download in wanted.values())
     return [disk_at(f"{study.root}/", study.root, needed), disk_at("the hub's cache", Path(HF_HUB_CACHE), fetched)]
 
 
@@ -368,7 +367,7 @@ def _disk_remedies(study: StudyConfig, found: Plan) -> list[str]:
     """What makes a study take less disk, the largest part first."""
     latents = found.disk.get("latents and embeddings", 0.0)
     checkpoints = sum(gb for name, gb in found.disk.items() if name.startswith("checkpoints"))
-    fetched = sum(download.bound for download in found.downloads.values())
+    fetched = sum(download.missing for download in found.downloads.values())
     ways = [(checkpoints, f"keep fewer `training.checkpoints`, or take fewer `seeds` ({_gb(checkpoints)} GB)")]
     if latents and study.data.storage == "float32":
         ways.append((latents, f"`data.storage: float16` (half of {_gb(latents)} GB)"))
@@ -405,9 +404,11 @@ def _speed(machine: Machine, networks: Networks, throughput: float | None, half:
     return f"{text}. Give a measured rate: --throughput NUMBER, or the run.json of a finished run."
 
 
-def _assumptions(study: StudyConfig, pairs: Pairs, machine: Machine, throughput: float | None) -> list[str]:
+def _assumptions(
+    study: StudyConfig, pairs: Pairs, wanted: dict[str, Download], machine: Machine, throughput: float | None
+) -> list[str]:
     """What the numbers rest on, and what is not in them."""
-    found = []
+    found, here = [], sum(download.here for download in wanted.values())
     if pairs.count:
         workers, share = study.data.workers, machine.fp32_tflops / machine.tflops
         how = f"by {workers} processes beside it" if workers else "between its batches, by the process that runs it"
@@ -428,8 +429,8 @@ def _assumptions(study: StudyConfig, pairs: Pairs, machine: Machine, throughput:
         "activations of the latents whose graph is alive at once, as the training code keeps them; "
         f"{CUDA_CONTEXT / GB:g} GB for CUDA; in evaluation the scorers beside the UNet, and what a batch of "
         "`sampling.batch` has at a time. Fragments of memory, and what cuDNN takes to work in, are not counted",
-        "downloads: as if the hub's cache were empty; weights whose size is not known as the base's UNet in fp32, the "
-        "most that they can be",
+        f"downloads: {_gb(here)} GB of them lie in the hub's cache already; weights whose size is not known "
+        "as the base's UNet in fp32, the most that they can be",
     ]
     return found
 

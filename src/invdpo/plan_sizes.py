@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from invdpo import hub
 from invdpo.config import read_yaml
 from invdpo.errors import InvdpoError
 from invdpo.machine import GB
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from invdpo.config import ArmConfig, ScorersConfig, StudyConfig
 
 SIZES = Path("config/sizes.yaml")
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
+VARIANT = re.compile(r"\.(fp16|bf16)\.")
 DECODING = 8.0e9  # bytes of a VAE that decodes `sampling.DECODED_PIXELS` at once in fp32; half of that in fp16
 PROGRAM = 3.0e9  # bytes of a job's memory for Python, the libraries and CUDA's, a CPU's job a third of that
 
@@ -38,15 +42,22 @@ class Networks(Denoiser):
 
 @dataclass(frozen=True)
 class Download:
-    """gb: None where it is not known; at_most is then what it cannot be more than, or None."""
+    """gb: None where it is not known; at_most is then what it cannot be more than, or None. here: GB of it that the
+    hub's cache holds."""
 
     gb: float | None
     at_most: float | None = None
+    here: float = 0.0
 
     @property
     def bound(self) -> float:
         """The most that is known of it."""
         return self.gb or self.at_most or 0.0
+
+    @property
+    def missing(self) -> float:
+        """GB of it that are still to be fetched, at most."""
+        return max(0.0, self.bound - self.here)
 
 
 @dataclass(frozen=True)
@@ -109,28 +120,30 @@ def scaled(entry: dict[str, Any], resolution: int, assumptions: list[str]) -> Ne
     return Networks(**values)
 
 
-def count_prompts(study: StudyConfig, assumptions: list[str]) -> int:
-    """How many prompts a checkpoint is sampled on."""
-    limit = study.sampling.prompts
-    if study.prompts in PROMPT_SETS:
-        found = PROMPT_SETS[study.prompts].count
+def count_prompts(source: str, limit: int | None, assumptions: list[str]) -> int:
+    """How many prompts a file or a published set has, at most `limit`."""
+    if source in PROMPT_SETS:
+        found = PROMPT_SETS[source].count
         return min(found, limit or found)
-    if Path(study.prompts).is_file():
-        return len(read_prompts(study.prompts, limit))
+    if Path(source).is_file():
+        return len(read_prompts(source, limit))
     found = limit or 500
-    assumptions.append(f"prompts: `{study.prompts}` is no file here; {found} are assumed")
+    assumptions.append(f"prompts: `{source}` is no file here; {found} are assumed")
     return found
 
 
 def preference_pairs(
-    study: StudyConfig, known: dict[str, Any], assumptions: list[str]
+    study: StudyConfig, own_prompts: int, known: dict[str, Any], assumptions: list[str]
 ) -> tuple[Pairs, dict[str, Download]]:
-    """The pairs to encode, and what is downloaded for them; none where no arm trains, whose job alone asks for them."""
+    """The pairs to encode, and what is downloaded for them; none where no arm trains, whose job alone asks for them.
+
+    own_prompts: of `own_samples`.
+    """
     if not any(study.arm(name).trains for name in study.arms):
         return Pairs(), {}
     if (own := study.own_samples) is not None:  # which an earlier run may have made, of the same number
         side = study.training.resolution
-        count = len(read_prompts(own.prompts)) * own.images * (own.images - 1) // 2
+        count = own_prompts * own.images * (own.images - 1) // 2
         assumptions.append(f"preferences: all {count:,} pairs of the samples, as if no prompt were left out and no tie")
         return Pairs(count, 0.0, side * side / 1e6), {}
     if Path(study.preferences).exists():
@@ -138,7 +151,7 @@ def preference_pairs(
 
         side = study.training.resolution
         return Pairs(make_plan(study).pairs, 0.0, side * side / 1e6), {}
-    name = study.preferences.partition(":")[0]
+    name, _, split = study.preferences.partition(":")
     entry = known["datasets"].get(name)
     if entry is None:
         entry = next(iter(known["datasets"].values()))
@@ -155,36 +168,59 @@ def preference_pairs(
     count = round(rows * (1 - missed)) if study.samples_pairs else round(rows)
     gb = entry["gb"] * files / entry["files"]
     assumptions.append(f"preferences: {files} of {entry['files']} files, {count:,} pairs, by the data set's mean file")
-    return Pairs(count, gb, entry["megapixels"]), {f"preferences: {name} ({files} files)": Download(gb)}
+    held = hub.held(name, "dataset").items()
+    here = sum(size for file, size in held if file.endswith(".parquet") and (split or "train") in file) / GB
+    download = Download(gb, here=min(gb, here))
+    return Pairs(count, gb, entry["megapixels"]), {f"preferences: {name} ({files} files)": download}
 
 
 def downloads(study: StudyConfig, networks: dict[str, Networks], known: dict[str, Any]) -> dict[str, Download]:
-    """What is fetched, but for the preferences. networks: of each arm. What lies here already is not in it; the hub's
-    cache is not looked at."""
+    """What is fetched, but for the preferences. networks: of each arm. What lies here already is not in it; what the
+    hub's cache holds is, and says so."""
     found: dict[str, Download] = {}
+    tags = known["open_clip"]
     for name in study.arms:
         seen, sizes_of, weights = study.with_base_of(name), networks[name], study.arms[name].weights
         if not Path(seen.base).is_dir() and not made_here(seen.base, known):
-            parameters = sizes_of.unet_parameters + sizes_of.text_parameters
+            parts = {"unet": sizes_of.unet_parameters, "text_encoder": sizes_of.text_parameters}
             if seen.vae is None:
-                parameters += sizes_of.vae_parameters
+                parts["vae"] = sizes_of.vae_parameters
             width = 2 if seen.variant in ("fp16", "bf16") else 4
-            found[f"base: {seen.base}"] = Download(parameters * width / GB)
+            here = sum(size for part, size in parts.items() if _is_cached(f"{seen.base}/{part}", seen.variant))
+            found[f"base: {seen.base}"] = Download(sum(parts.values()) * width / GB, here=here * width / GB)
         if seen.vae is not None and not Path(seen.vae).exists():
-            found[f"vae: {seen.vae}"] = Download(known["files"].get(seen.vae))
+            found[f"vae: {seen.vae}"] = _whole(seen.vae, known["files"].get(seen.vae))
         if weights is not None and not Path(weights).exists():
             size = known["files"].get(weights)
             # Whatever is not stored in fp32 is smaller, and so are adapters.
-            found[f"weights: {weights}"] = Download(size, None if size else 4 * sizes_of.unet_parameters / GB)
-    if study.prompts in PROMPT_SETS:
-        found[f"prompts: {study.prompts}"] = Download(known["prompts"])
+            bound = None if size else 4 * sizes_of.unet_parameters / GB
+            found[f"weights: {weights}"] = _whole(weights, size, bound)
+    for prompts in (study.prompts, study.own_samples.prompts if study.own_samples else None):
+        if prompts in PROMPT_SETS:
+            here = known["prompts"] if hub.held(PROMPT_SETS[prompts].repo, "dataset") else 0.0
+            found[f"prompts: {prompts}"] = Download(known["prompts"], here=here)
     for place in scorer_places(study.scorers):
         if not _local(place).exists():
-            found[f"scorer: {place}"] = Download(_file_size(place, known))
+            found[f"scorer: {place}"] = _whole(tags.get(place, place), _file_size(place, known))
     for place, kind in _experiment_places(study):
         if not _local(place).exists():
-            found[f"{kind}: {place}"] = Download(_file_size(place, known))
+            found[f"{kind}: {place}"] = _whole(tags.get(place, place), _file_size(place, known))
     return found
+
+
+def _whole(place: str, gb: float | None, at_most: float | None = None) -> Download:
+    """One file of weights, which the hub's cache has or has not."""
+    download = Download(gb, at_most)
+    return replace(download, here=download.bound) if _is_cached(place.removeprefix("hf-hub:")) else download
+
+
+def _is_cached(place: str, variant: str | None = None) -> bool:
+    """Whether the hub's cache holds weights at a hub id, which a path may follow; those of a variant have its name in
+    theirs."""
+    repo, path = hub.split_id(place) or (place, "")
+    inside = f"{path}/" if path else ""
+    files = [file for file in hub.held(repo) if file.endswith(WEIGHTS) and f"{file}/".startswith(inside)]
+    return any((f".{variant}." in file) if variant else not VARIANT.search(file) for file in files)
 
 
 def _local(place: str) -> Path:

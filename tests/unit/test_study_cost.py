@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import constants
 from typer.testing import CliRunner
 
-from invdpo import cost, machine
+from invdpo import cost, machine, prompts
 from invdpo import plan as module
 from invdpo.cli import app
 from invdpo.config import StudyConfig, load_study, parse_study
@@ -378,6 +379,59 @@ def test_downloads_are_what_is_not_here() -> None:
     assert unknown.downloads["scorer: somebody/else"] == Download(None) and " + ?" in to_text(unknown)
     held_out = plan(sdxl(experiments={"preference_accuracy": {"votes": "owner/votes:validation"}}), gpu="h100")
     assert held_out.downloads["pairs: owner/votes:validation"] == Download(None)
+
+
+def test_what_the_hubs_cache_holds_needs_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole weights, and of the base and the pairs what is there; the hub is not asked."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    study = sdxl(
+        scorers={
+            "pickscore": {"model": "yuvalkirstain/PickScore_v1"},
+            "clip": {"model": "ViT-H-14", "pretrained": "laion2b_s32b_b79k"},
+        }
+    )
+
+    def hold(repo: str, name: str, size: int = 10) -> None:
+        path = tmp_path / repo / "snapshots" / "0123abcd" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            file.truncate(size)
+
+    def missing() -> float:
+        return plan(study, gpu="h100").disks[1].needed
+
+    base, whole = "models--stabilityai--stable-diffusion-xl-base-1.0", missing()
+    assert whole == pytest.approx(sum(download.bound for download in plan(study, gpu="h100").downloads.values()))
+    hold(base, "unet/diffusion_pytorch_model.fp16.safetensors")
+    hold(base, "unet/config.json")
+    hold("models--yuvalkirstain--PickScore_v1", "config.json")
+    assert missing() == whole, "neither weights nor of this variant"
+    hold(base, "unet/diffusion_pytorch_model.safetensors")
+    assert missing() == pytest.approx(whole - 4 * UNET / 1e9)
+    hold("models--yuvalkirstain--PickScore_v1", "model.safetensors")
+    assert missing() == pytest.approx(whole - 4 * UNET / 1e9 - 3.94)
+    hold("models--laion--CLIP-ViT-H-14-laion2B-s32B-b79K", "open_clip_pytorch_model.bin")
+    assert missing() == pytest.approx(whole - 4 * UNET / 1e9 - 2 * 3.94)
+    pairs = "datasets--yuvalkirstain--pickapic_v2"
+    hold(pairs, "data/train-00001-of-00645-aa.parquet", 2_000_000_000)
+    hold(pairs, "data/test-00001-of-00007-aa.parquet", 1_000_000_000)
+    assert missing() == pytest.approx(whole - 4 * UNET / 1e9 - 2 * 3.94 - 2)
+    found = plan(study, gpu="h100")
+    assert found.downloads["scorer: yuvalkirstain/PickScore_v1"] == Download(3.94, here=3.94)
+    assert any(text.startswith("downloads: 20.1 GB of them lie in the hub's cache") for text in found.assumptions)
+
+
+def test_own_samples_of_a_published_set_are_planned_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fetched(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a plan fetches nothing")
+
+    monkeypatch.setattr(prompts, "fetch_matching", fetched)
+    own = {"prompts": "partiprompts", "images": 4, "seed": 1, "by": ["pickscore"]}
+    study = sdxl(own_samples=own, preferences="results/paper/own_samples/pairs.parquet", prompts="hpdv2_photo")
+    found = plan(study, gpu="h100")
+    assert found.stages["own_samples"].evaluations == 4 * 1632 * 50 * 2
+    assert any("all 9,792 pairs of the samples" in text for text in found.assumptions)  # six of each prompt
+    assert "prompts: partiprompts" in found.downloads
 
 
 def test_published_weights_are_fetched_and_sampled_as_their_own_base_is() -> None:
