@@ -47,10 +47,11 @@ LAUNCH_SECONDS = 5e-6
 
 @dataclass(frozen=True)
 class Arm:
-    """One arm, all seeds. evaluations: of the UNet, a backward pass counting two. hours: of one device. memory: GB of
-    one device."""
+    """One arm, all seeds. hash: of its settings. evaluations: of the UNet, a backward pass counting two. hours: of one
+    device. memory: GB of one device."""
 
     method: str
+    hash: str
     runs: int
     train_evaluations: float
     evaluate_evaluations: float
@@ -160,6 +161,7 @@ def plan(
         decoding = clock.codec(images * own[name].decode_flops, in_half(seen, known, machine.kind))
         found[name] = Arm(
             method=arm.method if arm.weights is None else f"{arm.method}, published weights",
+            hash=arm.hash,
             runs=len(seeds[name]),
             train_evaluations=trained[name].evaluations,
             evaluate_evaluations=drawn[name].evaluations,

@@ -20,7 +20,7 @@ from invdpo.machine import Disk
 from invdpo.network_size import configurations, converted, networks
 from invdpo.plan import plan, read_throughput
 from invdpo.plan_sizes import Download, held_bytes, sizes
-from invdpo.plan_text import to_text
+from invdpo.plan_text import to_json, to_text
 
 REAL_GPU = machine.this_gpu
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,6 +75,27 @@ def test_a_long_run_that_draws_how_far_it_inverts_is_near_its_mean() -> None:
     )
     expected = 2000 * 2048 * 2 * (40.5 + 4)
     assert cost.training(study.arm("p"), 0).evaluations == pytest.approx(expected, rel=0.05)
+
+
+def test_passes_that_invert_as_far_are_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 passes of a pair, at one of five depths each, are what they are one by one; so are passes of two pairs, and
+    those whose chunk cuts a pair in two."""
+    passes = []
+    counted = cost._backward
+    monkeypatch.setattr(cost, "_backward", lambda *args: passes.append(args) or counted(*args))
+    for size, most, chunk in ((1, 5, 4), (2, 25, 3), (1, 5, 1)):
+        training = {"steps": 8, "batch": 8, "micro_batch": size, "checkpoints": [], "chunk": chunk}
+        arm = {"method": "p_single", "recipe": {"trajectory": {"steps": 5}}, "training": training}
+        resolved = sdxl(arms={"p": arm}).arm("p")
+        found, expected = cost.training(resolved, 3), cost.NOTHING
+        assert 1 < len(passes) <= most
+        for step in range(1, 9):
+            for first in range(0, 8, size):
+                policy, reference = cost._Free(), cost._Free(trained=False)
+                evals = counted(resolved, policy, reference, 3, step, first)
+                expected += cost.Spent(evals, policy.with_graph, policy.calls + reference.calls)
+        assert found == expected
+        passes.clear()
 
 
 def test_gradient_checkpointing_repeats_the_policys_forward_passes() -> None:
@@ -364,6 +385,32 @@ def test_a_study_for_the_cpu_is_not_told_that_there_is_no_gpu(monkeypatch: pytes
     assert problem.startswith("The study says `device: cpu`, and this machine's") and "no GPU" not in problem
 
 
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd15_published", "sdxl_published", "sdxl_released"])
+def test_a_plan_answers_for_the_studies_at_paper_scale(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost, "PAIRS_DRAWN", 16)
+    study = load_study(f"config/{name}.yaml")
+    found = plan(study, gpu="h800", gpus=8)
+    trains = [arm for arm in study.arms if study.arm(arm).trains]
+    assert found.jobs["train"] == found.jobs["evaluate"] == len(study.arms) == len(found.arms)
+    known = {download for download in found.downloads.values() if download.gb is not None}
+    assert known and all(download.gb for download in known)
+    assert f"base: {study.base}" in found.downloads and any(place.startswith("scorer") for place in found.downloads)
+    # Of published weights alone some sizes are not known, and their most is.
+    assert all(download.bound for download in found.downloads.values())
+    assert set(found.stages) == {"train", "evaluate", *(["preferences"] if trains else [])}
+    for stage, spent in found.stages.items():
+        assert spent.jobs > 0 and (spent.hours > 0 or (stage == "train" and not trains)), stage
+    methods = {arm.method for arm in found.arms.values()}
+    assert set(found.methods) == methods and all(spent.hours > 0 for spent in found.methods.values())
+    assert all(gb > 0 for gb in found.disk.values()) and "images" in found.disk
+    for arm, spent in found.arms.items():
+        assert spent.evaluate_memory > 5 and spent.evaluate_hours > 0
+        assert (spent.train_memory > 8 and spent.train_hours > 0) is (arm in trains), arm
+    assert found.memory["of the machine, beside a device"] > 3
+    assert not any(text.startswith(("Training", "Sampling")) for text in found.problems), "all of them fit 80 GB"
+    assert json.loads(to_json(found))["hours"] == found.hours > 0 and study.base in to_text(found)
+
+
 def test_downloads_are_what_is_not_here() -> None:
     found = plan(sdxl(), gpu="h100").downloads
     assert found.pop("preferences: yuvalkirstain/pickapic_v2 (645 files)").gb == 335
@@ -546,6 +593,7 @@ def test_the_command_prints_tables_or_json() -> None:
     printed = CliRunner().invoke(app, ["plan", "--study", "config/smoke.yaml", "--throughput", "1000", "--json"]).output
     found = json.loads(printed)
     assert found["study"] == "smoke" and found["jobs"]["train"] == len(load_study("config/smoke.yaml").arms)
+    assert found["arms"]["sft"]["hash"] == load_study("config/smoke.yaml").arm("sft").hash
     assert found["hours"] > 0 and found["arms"]["sft"]["train_memory"] > 0 and found["disks"][0]["free"] > 0
 
 
