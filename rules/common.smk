@@ -30,9 +30,13 @@ MADE = {SHAPES_XL, *([study.preferences] if OWN_SAMPLES else [])}
 GRID = tuned_file(study.study).with_suffix(".csv")  # what every method reached with every value that was tried
 TRAINED = [name for name in study.arms if study.arm(name).trains]
 UNTRAINED = [name for name in study.arms if not study.arm(name).trains]
-# What `invdpo plan --save` expects of each arm, where it was asked.
+# What `invdpo plan --save` expects of each arm, where it was asked of the arm as it is, with as many seeds.
 PLAN = Path(study.root, "plan.json")
-PLANNED = json.loads(PLAN.read_text())["arms"] if PLAN.is_file() else {}
+PLANNED = {
+    name: arm
+    for name, arm in (json.loads(PLAN.read_text())["arms"] if PLAN.is_file() else {}).items()
+    if name in TRAINED and (arm.get("hash"), arm.get("runs")) == (study.arm(name).hash, len(study.seeds))
+}
 
 
 def one_of(arms):

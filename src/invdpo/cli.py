@@ -445,7 +445,8 @@ def plan(
     from invdpo.plan import read_throughput
     from invdpo.plan_text import to_json, to_text
 
-    found = run(config, read_throughput(throughput) if throughput else None, gpu, gpu_memory, gpus)
+    rate = None if throughput is None else read_throughput(throughput, config.base)
+    found = run(config, rate, gpu, gpu_memory, gpus)
     if save:
         with replace_when_done(config.root / "plan.json") as temporary:
             temporary.write_text(to_json(found) + "\n", encoding="utf-8")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from invdpo.inversion.guidance import evaluations
 from invdpo.inversion.trajectory import SOLVERS
-from invdpo.objectives import backward
+from invdpo.objectives import backward, points
 from invdpo.preferences.order import generator
 from invdpo.sampling import unet_evaluations
 from invdpo.schedule import NoiseSchedule
@@ -136,13 +136,29 @@ def training(arm: ArmConfig, seed: int) -> Spent:
     steps = min(settings.steps, max(1, PAIRS_DRAWN // settings.batch)) if drawn else 1
     counted = min(passes, max(1, PAIRS_DRAWN // size)) if drawn else 1
     spent = NOTHING
+    known: dict[tuple[int, ...], Spent] = {}
     for step in range(1, steps + 1):
-        for first in range(counted):
-            policy, reference = _Free(), _Free(trained=False)
-            evals = _backward(arm, policy, reference, seed, step, first * size)
-            spent += Spent(evals, policy.with_graph, policy.calls + reference.calls)
+        for first in range(0, counted * size, size):
+            depths = _depths(recipe, seed, step, range(first, first + size)) if drawn else ()
+            if depths not in known:
+                policy, reference = _Free(), _Free(trained=False)
+                evals = _backward(arm, policy, reference, seed, step, first)
+                known[depths] = Spent(evals, policy.with_graph, policy.calls + reference.calls)
+            spent += known[depths]
     found = spent.times((passes / counted) * (settings.steps / steps))
     return found if settings.gradient_checkpointing else Spent(found.evaluations, 0, found.calls)
+
+
+def _depths(recipe: Recipe, seed: int, step: int, places: range) -> tuple[int, ...]:
+    """How far the pairs at these places of a step are inverted: all that what a pass spends depends on."""
+    draws = _generators(seed, step, places)
+    index, _ = points._draw(recipe, len(points._levels(recipe, SCHEDULE)), torch.zeros(2 * len(draws), 1), draws)
+    return tuple(index[0].tolist())
+
+
+def _generators(seed: int, step: int, places: range) -> list[torch.Generator]:
+    """Of the noise of the pairs at these places of a step, as `training.data` makes them."""
+    return [generator(seed, step, place, "noise") for place in places]
 
 
 def held(arm: ArmConfig) -> Held:
@@ -172,7 +188,7 @@ def _backward(arm: ArmConfig, policy: _Free, reference: _Free, seed: int, step: 
     clean = torch.randn(pairs, 1, side, side, generator=generator(0))
     embeds = torch.zeros(pairs, 1, 1)
     cond = Conditioning(embeds, uncond=Conditioning(embeds))
-    draws = [generator(seed, step, place, "noise") for place in range(first, first + pairs)]
+    draws = _generators(seed, step, range(first, first + pairs))
     output = backward(
         recipe,
         policy,
@@ -185,6 +201,7 @@ def _backward(arm: ArmConfig, policy: _Free, reference: _Free, seed: int, step: 
         strength=torch.ones(pairs, dtype=torch.float64),
         chunk=settings.chunk,
         reference_first=settings.reference_offload,
+        final_at_once=settings.shard and settings.processes > 1,
     )
     return output.unet_evals
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -46,8 +46,11 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
 
 
 @contextmanager
-def memory_for(what: str, remedies: Sequence[str]) -> Iterator[None]:
-    """Turn a GPU that is out of memory into an InvdpoError with what to change, the most helpful first."""
+def memory_for(what: str, remedies: Iterable[str]) -> Iterator[None]:
+    """Turn a GPU that is out of memory into an InvdpoError with what to change, the most helpful first.
+
+    remedies: asked for then only, so that a generator may take its time to work them out.
+    """
     try:
         yield
     except torch.OutOfMemoryError as error:

@@ -125,16 +125,18 @@ class Studio:
     @cached_property
     def base(self) -> Any:
         """The base's UNet, for arms that are sampled beside it."""
-        return load_unet(self.study.base, self.device, variant=self.study.variant)
+        return load_unet(self.study.base, self.device, variant=self.study.variant).requires_grad_(False)
 
     def unet(self, checkpoint: Checkpoint) -> Any:
-        """The checkpoint's UNet, which must be one of the base's family."""
+        """The checkpoint's UNet, which must be one of the base's family. Its weights ask for no gradient: of those that
+        do, autocast would keep copies in half precision, half of their size."""
         if checkpoint.weights is None:
-            return load_unet(checkpoint.folder, self.device, base=self.study.base, variant=checkpoint.variant)
+            unet = load_unet(checkpoint.folder, self.device, base=self.study.base, variant=checkpoint.variant)
+            return unet.requires_grad_(False)
         weights = find_weights(checkpoint.weights)
         unet = load_unet(checkpoint.folder, torch.device("cpu"), base=self.study.base, variant=checkpoint.variant)
         released: Any = put_into(unet, weights)
-        return released.to(self.device)
+        return released.requires_grad_(False).to(self.device)
 
     def model(self, arm: ArmConfig, unet: Any) -> tuple[EpsModel, float]:
         """What an arm's UNet is sampled as, and with which guidance scale: 1 where the model is guided already."""

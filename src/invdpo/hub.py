@@ -93,6 +93,15 @@ def is_cached(repo: str, name: str, kind: Kind, revision: str) -> bool:
     return cached(repo, name, kind, revision) is not None
 
 
+def held(repo: str, kind: Kind = "model") -> dict[str, int]:
+    """Path -> bytes of the files that the cache holds of a repository, of whatever revision; the hub is not asked."""
+    from huggingface_hub import constants
+
+    folder = Path(constants.HF_HUB_CACHE, f"{kind}s--{repo.replace('/', '--')}", "snapshots")
+    files = (path for path in folder.glob("*/**/*") if path.is_file())
+    return {path.relative_to(folder).as_posix().partition("/")[2]: path.stat().st_size for path in files}
+
+
 def fetch_file(repo: str, name: str, wanted: str, instead: str) -> Path:
     """A file of a hub model, by its path there; arguments and errors as `look`."""
     from huggingface_hub import hf_hub_download

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from invdpo.errors import InvdpoError
-from invdpo.lease import devices
+from invdpo.lease import devices, installed
 
 GB = 1e9
 # Share of a GPU's rated products that training reaches: the goal of this project's own benchmark is 0.5 of the measured
@@ -20,6 +20,7 @@ EFFICIENCY = 0.4
 # One core of a CPU, fp32: the shapes study on the AMD EPYC of the reference run, 1,500 UNet evaluations a second.
 CORE_TFLOPS = 0.03
 CPU_HOURS = 100  # of all cores, beyond which a CPU's hours are no plan
+SLICES = 7  # of a GPU that can be cut up (MIG), in whose profile's name the first number is how many a part has
 STAND_IN = "A100 80GB"  # for a machine without GPUs that would take longer
 
 
@@ -66,12 +67,13 @@ def machine_for(
         if hours < CPU_HOURS:
             memory = installed_memory()
             return Machine("this machine's CPU", "cpu", cores, CORE_TFLOPS, CORE_TFLOPS, memory, memory, 1.0), []
+        why = "The study says `device: cpu`, and this machine's" if cpu_only else "This machine has no GPU, and its"
         problems.append(
-            f"This machine has no GPU, and its {cores} CPU cores would take {hours / 24:,.0f} days: the study does not "
+            f"{why} {cores} CPU cores would take {hours / 24:,.0f} days: the study does not "
             f"fit it. What follows is for {STAND_IN} GPUs; --gpu NAME, --gpu-memory GB and --gpus N plan for others."
         )
     name = name or STAND_IN
-    entry = next((entry for key, entry in known.items() if _plain(key) in _plain(name)), None)
+    entry = next((entry for key, entry in known.items() if _is_called(key, name)), None)
     if entry is None:
         if gpu is not None:
             raise InvdpoError(f"--gpu {gpu}: not known. Known are {', '.join(known)}; add it to config/sizes.yaml.")
@@ -81,12 +83,14 @@ def machine_for(
             "--throughput."
         )
     own = here if gpu is None else None
+    part = re.search(r"MIG (\d)", name)
+    share = int(part[1]) / SLICES if part else 1.0
     found = Machine(
         name=name,
         kind="gpu",
         devices=gpus or (len(devices()) if own else 1),
-        tflops=entry["tflops"],
-        fp32_tflops=entry["fp32"],
+        tflops=share * entry["tflops"],
+        fp32_tflops=share * entry["fp32"],
         memory=gpu_memory or (own[1] if own else entry["memory"]),
         ram=installed_memory() if own else None,
         efficiency=EFFICIENCY,
@@ -94,20 +98,41 @@ def machine_for(
     return found, problems
 
 
-def _plain(name: str) -> str:
-    return re.sub(r"[^a-z0-9]", "", name.lower())
+def _is_called(key: str, name: str) -> bool:
+    """Whether a GPU of that name is the one that config/sizes.yaml knows as `key`: A100 is no RTX A1000."""
+    known, words = (re.findall(r"[a-z0-9]+", text.lower()) for text in (key, name))
+    return set(known) <= set(words) or "".join(known) == "".join(words)
 
 
 def this_gpu() -> tuple[str, float] | None:
-    """Name and GB of this machine's first GPU, by nvidia-smi; None where there is none."""
-    if not devices() or shutil.which("nvidia-smi") is None:
-        return None
-    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
-    lines = subprocess.run(query, capture_output=True, text=True, check=False).stdout.splitlines()
-    if not lines:
-        return None
-    name, _, mebibytes = lines[0].rpartition(",")
-    return name.strip(), float(mebibytes) * 2**20 / GB
+    """Name and GB of the smallest of this machine's visible GPUs, for a study may get any; None where there is none."""
+    known, memory = installed(), _memory()
+    uuids = [known.get(name) or next((uuid for uuid in memory if uuid.startswith(name)), name) for name in devices()]
+    return min((memory[uuid] for uuid in uuids if uuid in memory), key=lambda found: found[1], default=None)
+
+
+def _memory() -> dict[str, tuple[str, float]]:
+    """UUID -> name and GB of every GPU and every part of one (MIG), by nvidia-smi; of a part by its profile's name."""
+    if shutil.which("nvidia-smi") is None:
+        return {}
+    query = ["--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    listing, totals = (
+        subprocess.run(["nvidia-smi", *asked], capture_output=True, text=True, check=False).stdout
+        for asked in (["-L"], query)
+    )
+    mebibytes = (float(line.rpartition(",")[2]) for line in totals.splitlines())
+    found: dict[str, tuple[str, float]] = {}
+    whole = ""
+    for name, part, uuid in re.findall(
+        r"^(?:GPU \d+: (.+?)|\s+(MIG \S+)\s.*?) *\(UUID: ([^)\s]+)\)", listing, re.MULTILINE
+    ):
+        if name:
+            whole = name
+            found[uuid] = name, next(mebibytes) * 2**20 / GB
+        else:
+            gigabytes = re.search(r"(\d+)gb", part)
+            found[uuid] = f"{whole} {part}", float(gigabytes[1]) if gigabytes else 0.0
+    return found
 
 
 def installed_memory() -> float:

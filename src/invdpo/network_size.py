@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Module, functional
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from invdpo.backbones.files import text_parts
@@ -29,16 +32,12 @@ def networks(
 
     unet_parameters, vae_parameters, text_parameters. unet_flops, encode_flops, decode_flops: of the forward pass of one
     latent or image, a multiplication and an addition counting two. unet_operations: of torch, in that pass of the UNet.
-    graph_bytes: what a forward pass of one latent keeps for its backward pass, in half precision; checkpointed_bytes:
-    the same with gradient checkpointing, the largest block that is computed again included; double both for fp32.
-    latent_elements, caption_elements: of one latent, and of one prompt as the UNet is given it.
+    latent_elements, caption_elements: of one latent, and of one prompt as the UNet is given it. The rest as `denoiser`.
     """
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     with META:
-        denoiser: Any = Module.to(UNet2DConditionModel.from_config(unet), torch.bfloat16)  # pyright: ignore
         codec: Any = Module.to(AutoencoderKL.from_config(vae), torch.bfloat16)  # pyright: ignore
         encoders: list[Any] = [
             kind(CLIPTextConfig(**text))
@@ -47,11 +46,8 @@ def networks(
     side = resolution // 2 ** (len(vae["block_out_channels"]) - 1)
     latent = torch.empty(1, unet["in_channels"], side, side, dtype=torch.bfloat16, device=META)
     picture = torch.empty(1, 3, resolution, resolution, dtype=torch.bfloat16, device=META)
-    inputs, caption = _inputs(unet, texts[0]["max_position_embeddings"])
-
-    def denoise() -> Tensor:
-        return denoiser(latent, torch.ones(1, device=META), return_dict=False, **inputs)[0]
-
+    tokens = texts[0]["max_position_embeddings"]
+    _, denoise = _pass(unet, side, tokens)
     with torch.no_grad():
         flops = {
             "unet_flops": _flops(denoise),
@@ -60,18 +56,52 @@ def networks(
         }
         with _Operations() as operations:
             denoise()
-    graph = _saved(denoise, denoiser)
     return {
-        "unet_parameters": _parameters(denoiser),
+        **denoiser(unet, side, tokens),
         "vae_parameters": _parameters(codec),
         "text_parameters": sum(map(_parameters, encoders)),
         **flops,
         "unet_operations": operations.count,
-        "graph_bytes": graph,
-        "checkpointed_bytes": _checkpointed(denoise, denoiser),
         "latent_elements": latent.numel(),
-        "caption_elements": caption,
+        "caption_elements": _inputs(unet, tokens)[1],
     }
+
+
+def denoiser(unet: Mapping[str, Any], side: int, tokens: int) -> dict[str, int]:
+    """Sizes of a UNet for latents of side x side and prompts of so many tokens.
+
+    unet_parameters. gathered_parameters: what a process has whole at a time of a network that `training.shards` cuts,
+    the largest block and all that is in none. graph_bytes: what a forward pass of one latent keeps for its backward
+    pass, in half precision; checkpointed_bytes: the same with gradient checkpointing, the largest block that is
+    computed again included; forward_bytes: the most that a pass without a backward pass has at a time; double all three
+    for fp32.
+    """
+    network, denoise = _pass(unet, side, tokens)
+    with torch.no_grad(), _Living(network) as living:
+        denoise()
+    return {
+        "unet_parameters": _parameters(network),
+        "gathered_parameters": _gathered(network),
+        "graph_bytes": _saved(denoise, network),
+        "checkpointed_bytes": _checkpointed(denoise, network),
+        "forward_bytes": living.most,
+    }
+
+
+def _pass(unet: Mapping[str, Any], side: int, tokens: int) -> tuple[Any, Callable[[], Tensor]]:
+    """A UNet without weights, and its forward pass of one latent."""
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+    with META:
+        network: Any = Module.to(UNet2DConditionModel.from_config(unet), torch.bfloat16)  # pyright: ignore
+    latent = torch.empty(1, unet["in_channels"], side, side, dtype=torch.bfloat16, device=META)
+    inputs, _ = _inputs(unet, tokens)
+
+    def denoise() -> Tensor:
+        with _OnGpu():
+            return network(latent, torch.ones(1, device=META), return_dict=False, **inputs)[0]
+
+    return network, denoise
 
 
 def configurations(folder: Path) -> Configurations:
@@ -97,7 +127,7 @@ def converted(folder: Path) -> Configurations:
     return dict(larger.config), vae, wide
 
 
-def _inputs(unet: dict[str, Any], tokens: int) -> tuple[dict[str, Any], int]:
+def _inputs(unet: Mapping[str, Any], tokens: int) -> tuple[dict[str, Any], int]:
     """Conditioning of one latent, and how many numbers a prompt is in it: SDXL's UNet also takes a pooled embedding,
     and six numbers on size and crop."""
     embeds = torch.empty(1, tokens, unet["cross_attention_dim"], dtype=torch.bfloat16, device=META)
@@ -114,6 +144,27 @@ def _parameters(network: Module) -> int:
     return sum(value.numel() for value in network.parameters())
 
 
+class _OnGpu(TorchFunctionMode):
+    """A network in half precision as a GPU runs it under autocast: normalised in fp32, multiplied in half precision.
+
+    Attention is the one kernel that GPUs have for it: without a device, torch takes it apart, and keeps the products of
+    all queries and keys.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is functional.scaled_dot_product_attention:
+            return torch.ops.aten._scaled_dot_product_flash_attention(*_cast(args[:3], torch.bfloat16))[0]
+        if func in (functional.conv2d, functional.linear):
+            args = _cast(args, torch.bfloat16)
+        elif func in (functional.group_norm, functional.layer_norm):
+            args = _cast(args, torch.float32)
+        return func(*args, **(kwargs or {}))
+
+
+def _cast(values: Iterable[Any], dtype: torch.dtype) -> tuple[Any, ...]:
+    return tuple(value.to(dtype) if isinstance(value, Tensor) else value for value in values)
+
+
 class _Operations(TorchDispatchMode):
     """Counts torch's operations."""
 
@@ -122,6 +173,41 @@ class _Operations(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.count += 1
         return func(*args, **(kwargs or {}))
+
+
+class _Living(TorchDispatchMode):
+    """Adds up the bytes of what torch's operations make, while it lives, the weights apart. most: at a time."""
+
+    now = most = 0
+
+    def __init__(self, network: Module) -> None:
+        super().__init__()
+        self.seen = {value.untyped_storage()._cdata for value in network.parameters()}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, Tensor) and (key := value.untyped_storage()._cdata) not in self.seen:
+                size = value.untyped_storage().nbytes()
+                self.seen.add(key)
+                self._change(size)
+                weakref.finalize(value.untyped_storage(), self._gone, key, size)
+        return result
+
+    def _gone(self, key: int, size: int) -> None:
+        self.seen.discard(key)
+        self._change(-size)
+
+    def _change(self, size: int) -> None:
+        self.now += size
+        self.most = max(self.most, self.now)
+
+
+def _gathered(network: Module) -> int:
+    from invdpo.training.shards import BLOCKS
+
+    blocks = [_parameters(module) for module in network.modules() if type(module).__name__ in BLOCKS]
+    return max(blocks, default=0) + _parameters(network) - sum(blocks)
 
 
 def _flops(work: Callable[[], object]) -> int:

@@ -6,6 +6,8 @@ them is printed below the tables.
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from invdpo.config import read_yaml
 from invdpo.errors import InvdpoError
 from invdpo.machine import GB, Disk, Machine, disk_at, held, machine_for
+from invdpo.memory import CUDA_CONTEXT, remedies, training_memory
 from invdpo.plan_sizes import (
-    CUDA_CONTEXT,
     Download,
     Networks,
     Pairs,
@@ -29,12 +31,13 @@ from invdpo.plan_sizes import (
     networks_of,
     preference_pairs,
     sizes,
-    training_memory,
 )
 
 if TYPE_CHECKING:
     from invdpo.config import StudyConfig
     from invdpo.cost import Spent
+
+log = logging.getLogger("invdpo")
 
 # Seconds that a core takes to decode, resize and turn into numbers a JPEG of one megapixel: measured, 15 to 19 ms.
 DECODE_SECONDS = 0.02
@@ -44,10 +47,11 @@ LAUNCH_SECONDS = 5e-6
 
 @dataclass(frozen=True)
 class Arm:
-    """One arm, all seeds. evaluations: of the UNet, a backward pass counting two. hours: of one device. memory: GB of
-    one device."""
+    """One arm, all seeds. hash: of its settings. evaluations: of the UNet, a backward pass counting two. hours: of one
+    device. memory: GB of one device."""
 
     method: str
+    hash: str
     runs: int
     train_evaluations: float
     evaluate_evaluations: float
@@ -127,8 +131,9 @@ def plan(
     known, assumptions = sizes(), []
     settings = study.experiments.inversion_error
     networks = networks_of(study, known, assumptions)
-    prompts = count_prompts(study, assumptions)
-    pairs, fetched = preference_pairs(study, known, assumptions)
+    prompts = count_prompts(study.prompts, study.sampling.prompts, assumptions)
+    own_prompts = count_prompts(study.own_samples.prompts, None, assumptions) if study.own_samples else 0
+    pairs, fetched = preference_pairs(study, own_prompts, known, assumptions)
     own = _own_networks(study, networks, known, assumptions)
     arms = {name: study.arm(name) for name in study.arms}
     seeds = {name: study.seeds if arm.trains else [0] for name, arm in arms.items()}
@@ -156,6 +161,7 @@ def plan(
         decoding = clock.codec(images * own[name].decode_flops, in_half(seen, known, machine.kind))
         found[name] = Arm(
             method=arm.method if arm.weights is None else f"{arm.method}, published weights",
+            hash=arm.hash,
             runs=len(seeds[name]),
             train_evaluations=trained[name].evaluations,
             evaluate_evaluations=drawn[name].evaluations,
@@ -167,7 +173,7 @@ def plan(
             devices=arm.training.processes if arm.trains else 1,
         )
     stages = {
-        "own_samples": _own_samples(study, networks, clock, half),
+        "own_samples": _own_samples(study, own_prompts, networks, clock, half),
         "preferences": Stage(int(pairs.count > 0), 0, _encoding(study, pairs, networks, clock)),
         "train": _sum((arm.train_evaluations, arm.train_hours) for arm in found.values()),
         "evaluate": _sum((arm.evaluate_evaluations, arm.evaluate_hours) for arm in found.values()),
@@ -197,9 +203,9 @@ def plan(
             ),
         },
         problems=problems,
-        assumptions=assumptions + _assumptions(study, pairs, machine, throughput),
+        assumptions=assumptions + _assumptions(study, pairs, wanted, machine, throughput),
     )
-    result.problems += [*_too_large_for_devices(study, result), *_too_large_for_disks(study, result)]
+    result.problems += [*_too_large_for_devices(study, result, own, known), *_too_large_for_disks(study, result)]
     return result
 
 
@@ -232,17 +238,15 @@ def _encoding(study: StudyConfig, pairs: Pairs, networks: Networks, clock: Clock
     return max(encode, decode / workers) if workers else encode + decode
 
 
-def _own_samples(study: StudyConfig, networks: Networks, clock: Clock, half: bool) -> Stage:
+def _own_samples(study: StudyConfig, prompts: int, networks: Networks, clock: Clock, half: bool) -> Stage:
     """Drawing the samples that the pairs are made of; scoring them is counted no more than elsewhere."""
     from invdpo import cost
-    from invdpo.prompts import read_prompts
 
     own = study.own_samples
     if own is None:
         return Stage(0, 0, 0.0)
     scale = study.sampling.guidance_scale if own.guidance_scale is None else own.guidance_scale
     sampling = study.sampling.model_copy(update={"guidance_scale": scale})
-    prompts = len(read_prompts(own.prompts))
     spent = cost.sampled(sampling, prompts).times(own.images)
     decoding = clock.codec(own.images * prompts * networks.decode_flops, half)
     return Stage(3, spent.evaluations, clock.unet(spent, networks, half) + decoding)
@@ -286,37 +290,46 @@ def count_jobs(study: StudyConfig) -> dict[str, int]:
 
 
 def _disks(study: StudyConfig, stored: dict[str, float], wanted: dict[str, Download]) -> list[Disk]:
-    """The disks under the results and under the hub's cache; what the results hold already is room for the rest."""
+    """The disks under the results and under the hub's cache, for what neither holds already."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     needed = max(0.0, sum(stored.values()) - held(study.root))
-    fetched = sum(download.bound for download in wanted.values())
+    fetched = sum(download.missing for download in wanted.values())
     return [disk_at(f"{study.root}/", study.root, needed), disk_at("the hub's cache", Path(HF_HUB_CACHE), fetched)]
 
 
-def _too_large_for_devices(study: StudyConfig, found: Plan) -> list[str]:
-    """What the machine's GPUs and memory are too small or too few for, a sentence each."""
-    from invdpo.training.loop import remedies
-    from invdpo.training.ranks import Ranks
+def _alone(study: StudyConfig, arm: str, networks: Networks, known: dict[str, Any]) -> float:
+    """Bytes of a GPU where images are drawn one at a time."""
+    sampling = study.sampling.model_copy(update={"batch": 1})
+    seen = study.model_copy(update={"sampling": sampling}).with_base_of(arm)
+    return evaluation_memory(seen, study.arm(arm), networks, known, "gpu")
 
+
+def _too_large_for_devices(
+    study: StudyConfig, found: Plan, networks: dict[str, Networks], known: dict[str, Any]
+) -> list[str]:
+    """What the machine's GPUs and memory are too small or too few for, a sentence each."""
     machine, problems = found.machine, []
     if machine.kind == "gpu":
         have = f"the {machine.memory:.3g} GB of {machine.name}"
         large = {name: arm.train_memory for name, arm in found.arms.items() if arm.train_memory > machine.memory}
         if large:
             worst = max(large, key=lambda name: large[name])
-            ways = remedies(study.arm(worst), Ranks(size=found.arms[worst].devices))
+            ways = remedies(study.arm(worst), networks[worst])
             steps = "; ".join(f"({number}) {way}" for number, way in enumerate(ways, start=1))
             others = f", as {len(large) - 1} more arms do" if len(large) > 1 else ""
             problems.append(
                 f"Training `{worst}` needs about {large[worst]:.3g} GB on each GPU{others}, more than {have}: the "
                 f"study does not fit. In the order that helps most: {steps}."
             )
-        scored = max(arm.evaluate_memory for arm in found.arms.values())
+        worst = max(found.arms, key=lambda name: found.arms[name].evaluate_memory)
+        scored = found.arms[worst].evaluate_memory
         if scored > machine.memory:
+            least = _alone(study, worst, networks[worst], known) / GB
+            batch = f"`sampling.batch: 1` (now {study.sampling.batch}): about {least:.3g} GB; "
             problems.append(
-                f"Sampling and scoring need about {scored:.3g} GB, more than {have}: the study does not fit. Lower "
-                f"`sampling.batch` (now {study.sampling.batch}), or take fewer `scorers` at a time."
+                f"Sampling and scoring need about {scored:.3g} GB, more than {have}: the study does not fit. "
+                f"{batch if least < scored else ''}fewer `scorers` at a time."
             )
         most = max(arm.devices for arm in found.arms.values())
         if most > machine.devices:
@@ -356,7 +369,7 @@ def _disk_remedies(study: StudyConfig, found: Plan) -> list[str]:
     """What makes a study take less disk, the largest part first."""
     latents = found.disk.get("latents and embeddings", 0.0)
     checkpoints = sum(gb for name, gb in found.disk.items() if name.startswith("checkpoints"))
-    fetched = sum(download.bound for download in found.downloads.values())
+    fetched = sum(download.missing for download in found.downloads.values())
     ways = [(checkpoints, f"keep fewer `training.checkpoints`, or take fewer `seeds` ({_gb(checkpoints)} GB)")]
     if latents and study.data.storage == "float32":
         ways.append((latents, f"`data.storage: float16` (half of {_gb(latents)} GB)"))
@@ -393,9 +406,11 @@ def _speed(machine: Machine, networks: Networks, throughput: float | None, half:
     return f"{text}. Give a measured rate: --throughput NUMBER, or the run.json of a finished run."
 
 
-def _assumptions(study: StudyConfig, pairs: Pairs, machine: Machine, throughput: float | None) -> list[str]:
+def _assumptions(
+    study: StudyConfig, pairs: Pairs, wanted: dict[str, Download], machine: Machine, throughput: float | None
+) -> list[str]:
     """What the numbers rest on, and what is not in them."""
-    found = []
+    found, here = [], sum(download.here for download in wanted.values())
     if pairs.count:
         workers, share = study.data.workers, machine.fp32_tflops / machine.tflops
         how = f"by {workers} processes beside it" if workers else "between its batches, by the process that runs it"
@@ -412,28 +427,38 @@ def _assumptions(study: StudyConfig, pairs: Pairs, machine: Machine, throughput:
         "not in the hours: scoring the images, text encoders, loading and saving, a failed or repeated job"
         + "".join(f", experiment {name}" for name in uncounted),
         "memory: fp32 weights of policy and base (also the reference, where it is not another), gradients and "
-        "optimizer; weights in half precision and activations of the latents whose graph is alive at once, as the "
-        f"training code keeps them; {CUDA_CONTEXT / GB:g} GB for CUDA; in evaluation the scorers beside the UNet. "
-        "Fragments of memory, and what cuDNN takes to work in, are not counted",
-        "downloads: as if the hub's cache were empty; weights whose size is not known as the base's UNet in fp32, the "
-        "most that they can be",
+        "optimizer, with `training.shard` in equal parts and the largest block whole; weights in half precision and "
+        "activations of the latents whose graph is alive at once, as the training code keeps them; "
+        f"{CUDA_CONTEXT / GB:g} GB for CUDA; in evaluation the scorers beside the UNet, and what a batch of "
+        "`sampling.batch` has at a time. Fragments of memory, and what cuDNN takes to work in, are not counted",
+        f"downloads: {_gb(here)} GB of them lie in the hub's cache already; weights whose size is not known "
+        "as the base's UNet in fp32, the most that they can be",
     ]
     return found
 
 
-def read_throughput(text: str) -> float:
-    """UNet evaluations a second: a number, or a JSON file with `unet_evals` and `seconds`, as a run.json has them."""
+def read_throughput(text: str, base: str) -> float:
+    """UNet evaluations a second of one device: a number, or a JSON file with `unet_evals` (of all processes), `seconds`
+    and `processes` (1 where it has none), as a run.json has them.
+
+    base: the study's, which a file of another one is said not to be of. Raises InvdpoError for what is no such file or
+    number, or not positive and finite.
+    """
     try:
         value = float(text)
     except ValueError:
         content = read_yaml(Path(text))
         try:
-            value = content["unet_evals"] / content["seconds"]
-        except (KeyError, TypeError, ZeroDivisionError) as error:
+            spent = [float(content[name]) for name in ("unet_evals", "seconds")]
+            value = spent[0] / spent[1] / content.get("processes", 1) if min(spent) > 0 else 0.0
+            made = content.get("base", base)
+        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
             raise InvdpoError(
                 f"--throughput {text}: expected `unet_evals` and `seconds` in it, as in the run.json of a finished "
                 "run; or give a number, UNet evaluations a second of one device."
             ) from error
-    if not value > 0:
-        raise InvdpoError(f"--throughput {text}: it must be positive.")
+        if made != base:
+            log.warning(f"--throughput {text}: that run's base is {made}, the study's is {base}: hours are by its rate")
+    if not (value > 0 and math.isfinite(value)):
+        raise InvdpoError(f"--throughput {text}: it must be positive and finite.")
     return value

@@ -3,57 +3,61 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from invdpo import hub
 from invdpo.config import read_yaml
 from invdpo.errors import InvdpoError
 from invdpo.machine import GB
+from invdpo.memory import CUDA_CONTEXT, LORA_SHARE, OPTIMIZER_BYTES, Denoiser, is_sharded
 from invdpo.prompts import PROMPT_SETS, read_prompts
 
 if TYPE_CHECKING:
     from invdpo.config import ArmConfig, ScorersConfig, StudyConfig
-    from invdpo.cost import Held
 
 SIZES = Path("config/sizes.yaml")
-CUDA_CONTEXT = 1.0e9  # bytes: the driver's and the libraries' own
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
+VARIANT = re.compile(r"\.(fp16|bf16)\.")
 DECODING = 8.0e9  # bytes of a VAE that decodes `sampling.DECODED_PIXELS` at once in fp32; half of that in fp16
-OPTIMIZER_BYTES = {"adamw": 8.0, "adamw_8bit": 2.0, "adafactor": 0.02}  # a trained parameter
-LORA_SHARE = 0.01  # of the parameters, at most, for ranks up to 16 in the attention layers
-SUMMED = 2 * 4 * 2**25  # bytes: a bucket of gradients that processes sum, and its place in the network (training.ranks)
 PROGRAM = 3.0e9  # bytes of a job's memory for Python, the libraries and CUDA's, a CPU's job a third of that
 
 
 @dataclass(frozen=True)
-class Networks:
+class Networks(Denoiser):
     """Sizes of a pipeline at a resolution; see `invdpo.network_size.networks`."""
 
-    unet_parameters: float
     vae_parameters: float
     text_parameters: float
     unet_flops: float
     unet_operations: float
     encode_flops: float
     decode_flops: float
-    graph_bytes: float
-    checkpointed_bytes: float
     latent_elements: float
     caption_elements: float
 
 
 @dataclass(frozen=True)
 class Download:
-    """gb: None where it is not known; at_most is then what it cannot be more than, or None."""
+    """gb: None where it is not known; at_most is then what it cannot be more than, or None. here: GB of it that the
+    hub's cache holds."""
 
     gb: float | None
     at_most: float | None = None
+    here: float = 0.0
 
     @property
     def bound(self) -> float:
         """The most that is known of it."""
         return self.gb or self.at_most or 0.0
+
+    @property
+    def missing(self) -> float:
+        """GB of it that are still to be fetched, at most."""
+        return max(0.0, self.bound - self.here)
 
 
 @dataclass(frozen=True)
@@ -116,28 +120,30 @@ def scaled(entry: dict[str, Any], resolution: int, assumptions: list[str]) -> Ne
     return Networks(**values)
 
 
-def count_prompts(study: StudyConfig, assumptions: list[str]) -> int:
-    """How many prompts a checkpoint is sampled on."""
-    limit = study.sampling.prompts
-    if study.prompts in PROMPT_SETS:
-        found = PROMPT_SETS[study.prompts].count
+def count_prompts(source: str, limit: int | None, assumptions: list[str]) -> int:
+    """How many prompts a file or a published set has, at most `limit`."""
+    if source in PROMPT_SETS:
+        found = PROMPT_SETS[source].count
         return min(found, limit or found)
-    if Path(study.prompts).is_file():
-        return len(read_prompts(study.prompts, limit))
+    if Path(source).is_file():
+        return len(read_prompts(source, limit))
     found = limit or 500
-    assumptions.append(f"prompts: `{study.prompts}` is no file here; {found} are assumed")
+    assumptions.append(f"prompts: `{source}` is no file here; {found} are assumed")
     return found
 
 
 def preference_pairs(
-    study: StudyConfig, known: dict[str, Any], assumptions: list[str]
+    study: StudyConfig, own_prompts: int, known: dict[str, Any], assumptions: list[str]
 ) -> tuple[Pairs, dict[str, Download]]:
-    """The pairs to encode, and what is downloaded for them; none where no arm trains, whose job alone asks for them."""
+    """The pairs to encode, and what is downloaded for them; none where no arm trains, whose job alone asks for them.
+
+    own_prompts: of `own_samples`.
+    """
     if not any(study.arm(name).trains for name in study.arms):
         return Pairs(), {}
     if (own := study.own_samples) is not None:  # which an earlier run may have made, of the same number
         side = study.training.resolution
-        count = len(read_prompts(own.prompts)) * own.images * (own.images - 1) // 2
+        count = own_prompts * own.images * (own.images - 1) // 2
         assumptions.append(f"preferences: all {count:,} pairs of the samples, as if no prompt were left out and no tie")
         return Pairs(count, 0.0, side * side / 1e6), {}
     if Path(study.preferences).exists():
@@ -145,7 +151,7 @@ def preference_pairs(
 
         side = study.training.resolution
         return Pairs(make_plan(study).pairs, 0.0, side * side / 1e6), {}
-    name = study.preferences.partition(":")[0]
+    name, _, split = study.preferences.partition(":")
     entry = known["datasets"].get(name)
     if entry is None:
         entry = next(iter(known["datasets"].values()))
@@ -162,36 +168,59 @@ def preference_pairs(
     count = round(rows * (1 - missed)) if study.samples_pairs else round(rows)
     gb = entry["gb"] * files / entry["files"]
     assumptions.append(f"preferences: {files} of {entry['files']} files, {count:,} pairs, by the data set's mean file")
-    return Pairs(count, gb, entry["megapixels"]), {f"preferences: {name} ({files} files)": Download(gb)}
+    held = hub.held(name, "dataset").items()
+    here = sum(size for file, size in held if file.endswith(".parquet") and (split or "train") in file) / GB
+    download = Download(gb, here=min(gb, here))
+    return Pairs(count, gb, entry["megapixels"]), {f"preferences: {name} ({files} files)": download}
 
 
 def downloads(study: StudyConfig, networks: dict[str, Networks], known: dict[str, Any]) -> dict[str, Download]:
-    """What is fetched, but for the preferences. networks: of each arm. What lies here already is not in it; the hub's
-    cache is not looked at."""
+    """What is fetched, but for the preferences. networks: of each arm. What lies here already is not in it; what the
+    hub's cache holds is, and says so."""
     found: dict[str, Download] = {}
+    tags = known["open_clip"]
     for name in study.arms:
         seen, sizes_of, weights = study.with_base_of(name), networks[name], study.arms[name].weights
         if not Path(seen.base).is_dir() and not made_here(seen.base, known):
-            parameters = sizes_of.unet_parameters + sizes_of.text_parameters
+            parts = {"unet": sizes_of.unet_parameters, "text_encoder": sizes_of.text_parameters}
             if seen.vae is None:
-                parameters += sizes_of.vae_parameters
+                parts["vae"] = sizes_of.vae_parameters
             width = 2 if seen.variant in ("fp16", "bf16") else 4
-            found[f"base: {seen.base}"] = Download(parameters * width / GB)
+            here = sum(size for part, size in parts.items() if _is_cached(f"{seen.base}/{part}", seen.variant))
+            found[f"base: {seen.base}"] = Download(sum(parts.values()) * width / GB, here=here * width / GB)
         if seen.vae is not None and not Path(seen.vae).exists():
-            found[f"vae: {seen.vae}"] = Download(known["files"].get(seen.vae))
+            found[f"vae: {seen.vae}"] = _whole(seen.vae, known["files"].get(seen.vae))
         if weights is not None and not Path(weights).exists():
             size = known["files"].get(weights)
             # Whatever is not stored in fp32 is smaller, and so are adapters.
-            found[f"weights: {weights}"] = Download(size, None if size else 4 * sizes_of.unet_parameters / GB)
-    if study.prompts in PROMPT_SETS:
-        found[f"prompts: {study.prompts}"] = Download(known["prompts"])
+            bound = None if size else 4 * sizes_of.unet_parameters / GB
+            found[f"weights: {weights}"] = _whole(weights, size, bound)
+    for prompts in (study.prompts, study.own_samples.prompts if study.own_samples else None):
+        if prompts in PROMPT_SETS:
+            here = known["prompts"] if hub.held(PROMPT_SETS[prompts].repo, "dataset") else 0.0
+            found[f"prompts: {prompts}"] = Download(known["prompts"], here=here)
     for place in scorer_places(study.scorers):
         if not _local(place).exists():
-            found[f"scorer: {place}"] = Download(_file_size(place, known))
+            found[f"scorer: {place}"] = _whole(tags.get(place, place), _file_size(place, known))
     for place, kind in _experiment_places(study):
         if not _local(place).exists():
-            found[f"{kind}: {place}"] = Download(_file_size(place, known))
+            found[f"{kind}: {place}"] = _whole(tags.get(place, place), _file_size(place, known))
     return found
+
+
+def _whole(place: str, gb: float | None, at_most: float | None = None) -> Download:
+    """One file of weights, which the hub's cache has or has not."""
+    download = Download(gb, at_most)
+    return replace(download, here=download.bound) if _is_cached(place.removeprefix("hf-hub:")) else download
+
+
+def _is_cached(place: str, variant: str | None = None) -> bool:
+    """Whether the hub's cache holds weights at a hub id, which a path may follow; those of a variant have its name in
+    theirs."""
+    repo, path = hub.split_id(place) or (place, "")
+    inside = f"{path}/" if path else ""
+    files = [file for file in hub.held(repo) if file.endswith(WEIGHTS) and f"{file}/".startswith(inside)]
+    return any((f".{variant}." in file) if variant else not VARIANT.search(file) for file in files)
 
 
 def _local(place: str) -> Path:
@@ -241,47 +270,29 @@ def _experiment_places(study: StudyConfig) -> Iterator[tuple[str, str]]:
             yield f"{model}:{pretrained}" if pretrained else model, "features"
 
 
-def training_memory(arm: ArmConfig, networks: Networks, alive: Held, kind: str) -> float:
-    """Bytes on one device while the arm trains. alive: see `invdpo.cost.held`."""
-    training, recipe, parameters = arm.training, arm.recipe, networks.unet_parameters
-    on_gpu = kind == "gpu"
-    mixed = on_gpu and arm.identity["precision"] != "fp32"  # half-precision passes over fp32 weights
-    copy = 0.0  # of the base, in the reference's own type; a CPU only rounds it
-    if recipe.reference_dtype != "float32":
-        copy = (2 if on_gpu else 4) * parameters
-    trained, weights = parameters, 8 * parameters + copy  # policy and base
-    if training.lora is not None:
-        trained = LORA_SHARE * parameters
-        weights = 4 * parameters + 4 * trained + copy
-    elif training.reference_offload:
-        weights = 4 * parameters
-    each = networks.checkpointed_bytes if training.gradient_checkpointing else networks.graph_bytes
-    working = alive.latents * each * (1 if mixed else 2)
-    if mixed:
-        # A call's graph keeps its own weights in half precision; with checkpointing only one call has them at a time.
-        working += 2 * parameters * (1 if training.gradient_checkpointing else alive.calls)
-    if training.reference_offload:
-        working = max(working, copy or 4 * parameters)  # the reference comes before the graph
-    gradients = trained * (4 * alive.gradients + OPTIMIZER_BYTES[training.optimizer])
-    summed = SUMMED if training.processes > 1 else 0
-    return weights + gradients + working + summed + (CUDA_CONTEXT if on_gpu else 0)
-
-
 def evaluation_memory(
     study: StudyConfig, arm: ArmConfig, networks: Networks, known: dict[str, Any], kind: str
 ) -> float:
     """Bytes on one device while the arm's checkpoints are sampled and scored: the UNet in fp32, the next one beside it
-    where there are several, a second one that guides, the codec at work, and all scorers."""
+    where there are several, a second one that guides, the codec, all scorers, and what either the UNet or the codec has
+    at a time while it works on a batch."""
+    from invdpo.inversion.guidance import evaluations
+    from invdpo.sampling import DECODED_PIXELS
+
+    sampling, pixels = study.sampling, study.training.resolution**2
     unets = min(2, len(arm.training.grid)) if arm.trains else 1
+    latents = sampling.batch * evaluations(sampling.guidance_scale)
     if arm.trains and arm.recipe.sampling_branch == "unconditional":
-        unets += 1
+        unets, latents = unets + 1, sampling.batch  # of the two halves each by a network of its own
     scorers = 0.0
     for place in scorer_places(study.scorers):
         scorers += held_bytes(_local(place)) if _local(place).exists() else (_file_size(place, known) or 0) * GB
     half = in_half(study, known, kind)
-    decoding = DECODING if kind == "gpu" else 0.0
-    own = (CUDA_CONTEXT if kind == "gpu" else 0) + (0.5 if half else 1) * decoding
-    return 4 * unets * networks.unet_parameters + (2 if half else 4) * networks.vae_parameters + scorers + own
+    drawing = latents * networks.forward_bytes * (1 if kind == "gpu" and study.precision != "fp32" else 2)
+    decoded = min(sampling.batch, max(1, DECODED_PIXELS // pixels)) * pixels / DECODED_PIXELS
+    working = max(drawing, (0.5 if half else 1) * decoded * DECODING)
+    weights = 4 * unets * networks.unet_parameters + (2 if half else 4) * networks.vae_parameters
+    return weights + scorers + working + (CUDA_CONTEXT if kind == "gpu" else 0)
 
 
 def held_bytes(place: Path) -> float:
@@ -302,8 +313,15 @@ def host_memory(arm: ArmConfig, networks: Networks, kind: str) -> float:
     training, weights = arm.training, 4 * networks.unet_parameters
     if not arm.trains:
         return PROGRAM + weights
-    copies = 1 + training.reference_offload + (training.lora is not None)
-    return training.processes * (PROGRAM + copies * weights)
+    elsewhere = training.reference_offload or is_sharded(arm)  # the base stays there, and the policy is copied there
+    copies = (2 if elsewhere or training.lora is not None else 1) * weights
+    if elsewhere and arm.recipe.reference_dtype != "float32":
+        copies += weights / 2
+    held = training.processes * copies
+    if is_sharded(arm):
+        # The first process saves weights and moments whole, beside the bases.
+        held = max(held, training.processes * weights + weights + OPTIMIZER_BYTES["adamw"] * networks.unet_parameters)
+    return training.processes * PROGRAM + held
 
 
 def disk(

@@ -21,6 +21,8 @@ import pytest
 import yaml
 from workflow_fixture import SNAKEMAKE, copy_tree, environment
 
+from invdpo.config import parse_study
+
 pytestmark = pytest.mark.slurm
 
 PATIENCE = 60  # s until a daemon answers; a busy machine is slow, not wrong
@@ -156,7 +158,13 @@ class Runs:
         """The tree and the process of a run of the study with those arms."""
         folder = copy_tree(self.folder / next(iter(arms)))
         (folder / "config" / "tiny.yaml").write_text(yaml.safe_dump(self.study | {"arms": arms}))
-        planned = {arm: {"train_hours": 0.75, "devices": 1} for arm in arms if arm != "pair"}
+        config = parse_study(self.study | {"arms": arms}, "tiny")
+        planned = {
+            arm: {"train_hours": 0.75, "devices": 1, "hash": config.arm(arm).hash, "runs": len(config.seeds)}
+            for arm in arms
+        }
+        if "pair" in planned:
+            planned["pair"]["hash"] = "of another pair"
         (folder / "results" / "tiny").mkdir()
         (folder / "results" / "tiny" / "plan.json").write_text(json.dumps({"arms": planned}))
         quickly = ["--slurm-init-seconds-before-status-checks", "2", "--seconds-between-status-checks", "2"]

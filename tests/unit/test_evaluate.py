@@ -152,6 +152,28 @@ def test_an_unconditional_policy_is_what_guidance_leads_away_from(study: StudyCo
     assert scale == 1.0
 
 
+def test_autocast_keeps_no_copy_of_weights_that_are_only_sampled(study: StudyConfig, tiny_base: Path) -> None:
+    """Of weights that ask for gradients it keeps one in half precision, even where none is computed."""
+    make_runs(study)
+    studio = stage.Studio(study, ["a red circle"], CPU)
+    (first, *_) = stage.checkpoints_of(study, study.arm("tuned"), 3)
+    published = stage.Checkpoint(0, 0, study.base, weights=str(Path(first.folder) / "unet"))
+    for unet in (studio.base, studio.unet(first), studio.unet(published)):
+        assert not any(weight.requires_grad for weight in unet.parameters())
+    model, x = UNetEps(studio.base, torch.bfloat16), torch.randn(1, 4, 4, 4)
+
+    def casts() -> int:
+        """Of two passes under one autocast."""
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), torch.profiler.profile() as seen:
+            for _ in range(2):
+                model(x, torch.tensor([500]), studio.cond)
+        return sum(event.count for event in seen.key_averages() if event.key == "aten::_to_copy")
+
+    without = casts()
+    studio.base.requires_grad_(True)
+    assert casts() < without
+
+
 def test_the_base_is_evaluated_once(study: StudyConfig) -> None:
     assert evaluate(study, "base", study.seeds, CPU) == [study.root / "scores" / "base" / "seed0.parquet"]
     scores = read(study, "scores", "base", 0)

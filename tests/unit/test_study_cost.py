@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import constants
 from typer.testing import CliRunner
 
-from invdpo import cost, machine
+from invdpo import cost, machine, prompts
 from invdpo import plan as module
 from invdpo.cli import app
 from invdpo.config import StudyConfig, load_study, parse_study
@@ -19,8 +20,9 @@ from invdpo.machine import Disk
 from invdpo.network_size import configurations, converted, networks
 from invdpo.plan import plan, read_throughput
 from invdpo.plan_sizes import Download, held_bytes, sizes
-from invdpo.plan_text import to_text
+from invdpo.plan_text import to_json, to_text
 
+REAL_GPU = machine.this_gpu
 ROOT = Path(__file__).resolve().parents[2]
 UNET, VAE, TEXT = 2_567_463_684, 83_653_863, 817_720_320  # parameters of SDXL's networks
 
@@ -73,6 +75,27 @@ def test_a_long_run_that_draws_how_far_it_inverts_is_near_its_mean() -> None:
     )
     expected = 2000 * 2048 * 2 * (40.5 + 4)
     assert cost.training(study.arm("p"), 0).evaluations == pytest.approx(expected, rel=0.05)
+
+
+def test_passes_that_invert_as_far_are_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 passes of a pair, at one of five depths each, are what they are one by one; so are passes of two pairs, and
+    those whose chunk cuts a pair in two."""
+    passes = []
+    counted = cost._backward
+    monkeypatch.setattr(cost, "_backward", lambda *args: passes.append(args) or counted(*args))
+    for size, most, chunk in ((1, 5, 4), (2, 25, 3), (1, 5, 1)):
+        training = {"steps": 8, "batch": 8, "micro_batch": size, "checkpoints": [], "chunk": chunk}
+        arm = {"method": "p_single", "recipe": {"trajectory": {"steps": 5}}, "training": training}
+        resolved = sdxl(arms={"p": arm}).arm("p")
+        found, expected = cost.training(resolved, 3), cost.NOTHING
+        assert 1 < len(passes) <= most
+        for step in range(1, 9):
+            for first in range(0, 8, size):
+                policy, reference = cost._Free(), cost._Free(trained=False)
+                evals = counted(resolved, policy, reference, 3, step, first)
+                expected += cost.Spent(evals, policy.with_graph, policy.calls + reference.calls)
+        assert found == expected
+        passes.clear()
 
 
 def test_gradient_checkpointing_repeats_the_policys_forward_passes() -> None:
@@ -143,11 +166,30 @@ def test_memory_is_the_sum_of_its_parts() -> None:
 
 
 def test_memory_of_evaluation_is_the_sum_of_its_parts() -> None:
-    """The UNet in fp32, the one of the next checkpoint beside it, the codec in fp32, PickScore, and what decodes."""
-    found = plan(sdxl(), gpu="h100").arms
-    alone = (4 * UNET + 4 * VAE + 8e9 + 1e9) / 1e9 + 3.94
-    assert found["base"].evaluate_memory == pytest.approx(alone)
-    assert found["dpo"].evaluate_memory == pytest.approx(alone + 4 * UNET / 1e9)
+    """The UNet in fp32, the one of the next checkpoint beside it, the codec in fp32, PickScore, and what decodes (two
+    images at a time) or, of a large batch, draws: each image twice for guidance."""
+    alone = (4 * UNET + 4 * VAE + 1e9) / 1e9 + 3.94
+    each = sizes()["pipelines"]["sdxl"]["forward_bytes"] / 1e9
+
+    def evaluated(batch: int, **changes: Any) -> float:
+        sampling = {"steps": 50, "guidance_scale": 7.5, "batch": batch} | changes.pop("sampling", {})
+        found = plan(sdxl(sampling=sampling, **changes), gpu="h100").arms
+        assert found["dpo"].evaluate_memory == pytest.approx(found["base"].evaluate_memory + 4 * UNET / 1e9)
+        return found["base"].evaluate_memory - alone
+
+    assert evaluated(1) == pytest.approx(4) and evaluated(2) == evaluated(4) == pytest.approx(8)
+    assert evaluated(32) == pytest.approx(64 * each) and 64 * each > 10
+    assert evaluated(64, sampling={"guidance_scale": 1.0}) == pytest.approx(64 * each)
+    assert evaluated(32, precision="fp32") == pytest.approx(128 * each)
+
+
+def test_a_smaller_batch_is_advised_where_it_helps() -> None:
+    def problem(batch: int) -> str:
+        study = sdxl(sampling={"steps": 50, "guidance_scale": 7.5, "batch": batch})
+        return next(text for text in plan(study, gpu="rtx4090").problems if text.startswith("Sampling"))
+
+    assert "`sampling.batch: 1` (now 64): about 29.8 GB; fewer `scorers`" in problem(64)
+    assert "sampling.batch" not in problem(1) and "fewer `scorers`" in problem(1)
 
 
 @pytest.mark.parametrize(
@@ -185,9 +227,11 @@ def test_gradients_that_are_kept_beside_those_that_are_added_are_counted() -> No
 
 
 def test_what_does_not_fit_is_said() -> None:
-    study = sdxl({"optimizer": "adamw", "gradient_checkpointing": False, "processes": 2})
+    study = sdxl({"optimizer": "adamw", "gradient_checkpointing": False, "processes": 2, "micro_batch": 2})
     problems = plan(study, gpu="h100").problems
     assert any("`dpo` needs about" in text and "`training.gradient_checkpointing: true`" in text for text in problems)
+    assert any("`training.shard: true`: about" in text for text in problems)
+    assert plan(sdxl({"optimizer": "adamw", "processes": 2, "shard": True}), gpu="a100", gpus=2).problems == []
     assert any("trains with 2 processes" in text for text in problems)
     assert plan(sdxl(), gpu="h100").problems == []
     small = plan(sdxl(), gpu_memory=24)
@@ -258,6 +302,115 @@ def test_this_machines_gpu_is_planned_for(monkeypatch: pytest.MonkeyPatch) -> No
     assert (found.devices, found.tflops, found.memory) == (2, 989, 85.5)
 
 
+def _smi(folder: Path, monkeypatch: pytest.MonkeyPatch, listing: str, totals: str) -> None:
+    """A machine whose nvidia-smi says so."""
+    (folder / "nvidia-smi").write_text(f"#!/bin/sh\n[ \"$1\" = -L ] && printf '{listing}' || printf '{totals}'\n")
+    (folder / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=":")
+    monkeypatch.setattr(machine, "this_gpu", REAL_GPU)
+
+
+@pytest.mark.parametrize(
+    ("visible", "name", "memory", "count"),
+    [
+        (None, "NVIDIA GeForce RTX 3090", 24576 * 2**20 / 1e9, 2),  # a job may get either
+        ("0", "NVIDIA A100 80GB PCIe", 81920 * 2**20 / 1e9, 1),
+        ("1", "NVIDIA GeForce RTX 3090", 24576 * 2**20 / 1e9, 1),
+        ("GPU-bbbb", "NVIDIA GeForce RTX 3090", 24576 * 2**20 / 1e9, 1),
+        ("GPU-aaaa-1", "NVIDIA A100 80GB PCIe", 81920 * 2**20 / 1e9, 1),
+    ],
+)
+def test_the_smallest_visible_gpu_is_planned_for(
+    visible: str | None, name: str, memory: float, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listing = "GPU 0: NVIDIA A100 80GB PCIe (UUID: GPU-aaaa-1)\\nGPU 1: NVIDIA GeForce RTX 3090 (UUID: GPU-bbbb-2)\\n"
+    _smi(tmp_path, monkeypatch, listing, "NVIDIA A100 80GB PCIe, 81920\\nNVIDIA GeForce RTX 3090, 24576\\n")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    found = plan(sdxl()).machine
+    assert (found.name, found.memory, found.devices) == (name, pytest.approx(memory), count)
+
+
+@pytest.mark.parametrize("visible", [None, "1", "MIG-dddd-4"])
+def test_a_part_of_a_gpu_has_its_profiles_memory_and_rate(
+    visible: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listing = (
+        "GPU 0: NVIDIA A100-SXM4-80GB (UUID: GPU-aaaa-1)\\n  MIG 1g.10gb     Device  0: (UUID: MIG-cccc-3)\\n"
+        "  MIG 1g.10gb     Device  1: (UUID: MIG-dddd-4)\\n"
+    )
+    _smi(tmp_path, monkeypatch, listing, "NVIDIA A100-SXM4-80GB, 81920\\n")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    found = plan(sdxl())
+    assert (found.machine.memory, found.machine.devices) == (10, 2 if visible is None else 1)
+    assert found.machine.tflops == pytest.approx(312 / 7)
+    assert any("the 10 GB of NVIDIA A100-SXM4-80GB MIG 1g.10gb" in text for text in found.problems)
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H800", 989),
+        ("NVIDIA A800-SXM4-80GB", 312),
+        ("NVIDIA L40", 181),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA A10G", 70),
+        ("NVIDIA RTX A6000", 155),
+        ("NVIDIA GeForce RTX 4090", 165),
+        ("rtx4090", 165),
+        ("h200", 989),
+        ("a100", 312),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA RTX A4000", None),
+        ("Tesla V100-SXM2-32GB", None),  # on which the lock's torch does not run
+    ],
+)
+def test_gpus_are_known_by_their_names(name: str, tflops: float | None) -> None:
+    if tflops is None:
+        with pytest.raises(InvdpoError, match="not known"):
+            plan(sdxl(), gpu=name)
+    else:
+        assert plan(sdxl(), gpu=name).machine.tflops == tflops
+
+
+def test_a_study_for_the_cpu_is_not_told_that_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "this_gpu", lambda: ("NVIDIA H100 80GB HBM3", 85.5))
+    problem = plan(sdxl(device="cpu")).problems[0]
+    assert problem.startswith("The study says `device: cpu`, and this machine's") and "no GPU" not in problem
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd15_published", "sdxl_published", "sdxl_released"])
+def test_a_plan_answers_for_the_studies_at_paper_scale(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost, "PAIRS_DRAWN", 16)
+    study = load_study(f"config/{name}.yaml")
+    found = plan(study, gpu="h800", gpus=8)
+    trains = [arm for arm in study.arms if study.arm(arm).trains]
+    assert found.jobs["train"] == found.jobs["evaluate"] == len(study.arms) == len(found.arms)
+    known = {download for download in found.downloads.values() if download.gb is not None}
+    assert known and all(download.gb for download in known)
+    assert f"base: {study.base}" in found.downloads and any(place.startswith("scorer") for place in found.downloads)
+    # Of published weights alone some sizes are not known, and their most is.
+    assert all(download.bound for download in found.downloads.values())
+    assert set(found.stages) == {"train", "evaluate", *(["preferences"] if trains else [])}
+    for stage, spent in found.stages.items():
+        assert spent.jobs > 0 and (spent.hours > 0 or (stage == "train" and not trains)), stage
+    methods = {arm.method for arm in found.arms.values()}
+    assert set(found.methods) == methods and all(spent.hours > 0 for spent in found.methods.values())
+    assert all(gb > 0 for gb in found.disk.values()) and "images" in found.disk
+    for arm, spent in found.arms.items():
+        assert spent.evaluate_memory > 5 and spent.evaluate_hours > 0
+        assert (spent.train_memory > 8 and spent.train_hours > 0) is (arm in trains), arm
+    assert found.memory["of the machine, beside a device"] > 3
+    assert not any(text.startswith(("Training", "Sampling")) for text in found.problems), "all of them fit 80 GB"
+    assert json.loads(to_json(found))["hours"] == found.hours > 0 and study.base in to_text(found)
+
+
 def test_downloads_are_what_is_not_here() -> None:
     found = plan(sdxl(), gpu="h100").downloads
     assert found.pop("preferences: yuvalkirstain/pickapic_v2 (645 files)").gb == 335
@@ -273,6 +426,59 @@ def test_downloads_are_what_is_not_here() -> None:
     assert unknown.downloads["scorer: somebody/else"] == Download(None) and " + ?" in to_text(unknown)
     held_out = plan(sdxl(experiments={"preference_accuracy": {"votes": "owner/votes:validation"}}), gpu="h100")
     assert held_out.downloads["pairs: owner/votes:validation"] == Download(None)
+
+
+def test_what_the_hubs_cache_holds_needs_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole weights, and of the base and the pairs what is there; the hub is not asked."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    study = sdxl(
+        scorers={
+            "pickscore": {"model": "yuvalkirstain/PickScore_v1"},
+            "clip": {"model": "ViT-H-14", "pretrained": "laion2b_s32b_b79k"},
+        }
+    )
+
+    def hold(repo: str, name: str, size: int = 10) -> None:
+        path = tmp_path / repo / "snapshots" / "0123abcd" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            file.truncate(size)
+
+    def missing() -> float:
+        return plan(study, gpu="h100").disks[1].needed
+
+    base, whole = "models--stabilityai--stable-diffusion-xl-base-1.0", missing()
+    assert whole == pytest.approx(sum(download.bound for download in plan(study, gpu="h100").downloads.values()))
+    hold(base, "unet/diffusion_pytorch_model.fp16.safetensors")
+    hold(base, "unet/config.json")
+    hold("models--yuvalkirstain--PickScore_v1", "config.json")
+    assert missing() == whole, "neither weights nor of this variant"
+    hold(base, "unet/diffusion_pytorch_model.safetensors")
+    assert missing() == pytest.approx(whole - 4 * UNET / 1e9)
+    hold("models--yuvalkirstain--PickScore_v1", "model.safetensors")
+    assert missing() == pytest.approx(whole - 4 * UNET / 1e9 - 3.94)
+    hold("models--laion--CLIP-ViT-H-14-laion2B-s32B-b79K", "open_clip_pytorch_model.bin")
+    assert missing() == pytest.approx(whole - 4 * UNET / 1e9 - 2 * 3.94)
+    pairs = "datasets--yuvalkirstain--pickapic_v2"
+    hold(pairs, "data/train-00001-of-00645-aa.parquet", 2_000_000_000)
+    hold(pairs, "data/test-00001-of-00007-aa.parquet", 1_000_000_000)
+    assert missing() == pytest.approx(whole - 4 * UNET / 1e9 - 2 * 3.94 - 2)
+    found = plan(study, gpu="h100")
+    assert found.downloads["scorer: yuvalkirstain/PickScore_v1"] == Download(3.94, here=3.94)
+    assert any(text.startswith("downloads: 20.1 GB of them lie in the hub's cache") for text in found.assumptions)
+
+
+def test_own_samples_of_a_published_set_are_planned_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fetched(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a plan fetches nothing")
+
+    monkeypatch.setattr(prompts, "fetch_matching", fetched)
+    own = {"prompts": "partiprompts", "images": 4, "seed": 1, "by": ["pickscore"]}
+    study = sdxl(own_samples=own, preferences="results/paper/own_samples/pairs.parquet", prompts="hpdv2_photo")
+    found = plan(study, gpu="h100")
+    assert found.stages["own_samples"].evaluations == 4 * 1632 * 50 * 2
+    assert any("all 9,792 pairs of the samples" in text for text in found.assumptions)  # six of each prompt
+    assert "prompts: partiprompts" in found.downloads
 
 
 def test_published_weights_are_fetched_and_sampled_as_their_own_base_is() -> None:
@@ -295,8 +501,8 @@ def test_published_weights_are_fetched_and_sampled_as_their_own_base_is() -> Non
     assert large.evaluate_evaluations == small.evaluate_evaluations == 500 * 20 * 2
     assert small.evaluate_hours / large.evaluate_hours == pytest.approx(ratio, rel=0.25)  # and decoding, in fp32
     less = known["pipelines"]["sdxl"]["unet_parameters"] - known["pipelines"]["sd15"]["unet_parameters"]
-    # SDXL's codec runs in half precision here, SD1.5's own does not, and decodes in twice the memory.
-    assert large.evaluate_memory - small.evaluate_memory == pytest.approx((4 * less - 2 * VAE - 4e9) / 1e9)
+    # SDXL's codec runs in half precision here and SD1.5's does not, whose four images have half of the pixels of two.
+    assert large.evaluate_memory - small.evaluate_memory == pytest.approx((4 * less - 2 * VAE) / 1e9)
 
 
 def test_only_files_that_hold_the_pairs_of_the_runs_are_fetched() -> None:
@@ -353,15 +559,31 @@ def test_what_is_not_known_is_an_error(changes: dict[str, Any], words: str) -> N
         plan(sdxl(), gpu="abacus")
 
 
-def test_a_rate_is_a_number_or_a_finished_run(tmp_path: Path) -> None:
+def test_a_rate_is_a_number_or_a_finished_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = tmp_path / "run.json"
     run.write_text('{"unet_evals": 300, "seconds": 2.0}')
-    assert read_throughput("12.5") == 12.5 and read_throughput(str(run)) == 150
-    run.write_text('{"unet_evals": 300}')
-    with pytest.raises(InvdpoError, match="expected `unet_evals` and `seconds`"):
-        read_throughput(str(run))
-    with pytest.raises(InvdpoError, match="must be positive"):
-        read_throughput("0")
+    assert read_throughput("12.5", "a/b") == 12.5 and read_throughput(str(run), "a/b") == 150
+    # Evaluations are those of all processes, seconds those of the clock.
+    run.write_text('{"unet_evals": 300, "seconds": 2.0, "processes": 3, "base": "a/b"}')
+    assert read_throughput(str(run), "a/b") == 50 and not caplog.records
+    assert read_throughput(str(run), "c/d") == 50
+    assert "that run's base is a/b, the study's is c/d" in caplog.text
+    for content in ('{"unet_evals": 300}', '{"unet_evals": 300, "seconds": "long"}', "[1]"):
+        run.write_text(content)
+        with pytest.raises(InvdpoError, match="expected `unet_evals` and `seconds`"):
+            read_throughput(str(run), "a/b")
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "inf", "nan"])
+def test_a_rate_that_is_none_is_refused(text: str, tmp_path: Path) -> None:
+    with pytest.raises(InvdpoError, match="must be positive and finite"):
+        read_throughput(text, "a/b")
+    run = tmp_path / "run.json"
+    for evals, seconds in ((text, "1"), ("-1", "-1")):
+        number = {"inf": "Infinity", "nan": "NaN"}.get(evals, evals)
+        run.write_text(f'{{"unet_evals": {number}, "seconds": {seconds}}}')
+        with pytest.raises(InvdpoError, match="must be positive and finite"):
+            read_throughput(str(run), "a/b")
 
 
 def test_the_command_prints_tables_or_json() -> None:
@@ -371,6 +593,7 @@ def test_the_command_prints_tables_or_json() -> None:
     printed = CliRunner().invoke(app, ["plan", "--study", "config/smoke.yaml", "--throughput", "1000", "--json"]).output
     found = json.loads(printed)
     assert found["study"] == "smoke" and found["jobs"]["train"] == len(load_study("config/smoke.yaml").arms)
+    assert found["arms"]["sft"]["hash"] == load_study("config/smoke.yaml").arm("sft").hash
     assert found["hours"] > 0 and found["arms"]["sft"]["train_memory"] > 0 and found["disks"][0]["free"] > 0
 
 

@@ -22,6 +22,7 @@ STUDIES = sorted(
 # the command line. A study's settings reach each rule through its key.
 NEUTRAL = {"__init__", "evidence/__init__", "cli", "config", "errors", "files", "hub", "places", "provenance", "types"}
 NEUTRAL |= {"tracking/live", "tracking/store"}  # training sent to a server as it goes
+NEUTRAL |= {"memory", "network_size"}  # what to lower, where a GPU's memory did not do
 
 
 def snakemake(folder: Path, *arguments: str, check: bool = True, variables: dict[str, str] | None = None) -> str:
@@ -121,6 +122,26 @@ def test_a_study_without_experiments_has_no_rule_for_them(tmp_path: Path) -> Non
     assert {"inversion_error", "precision", "audit", "preference_accuracy", "present"}.isdisjoint(planned)
     text = snakemake(folder, "results/smoke/tables/audit.csv", "--configfile", "config/smoke.yaml", "-n", check=False)
     assert "MissingRuleException" in text
+
+
+def test_time_limits_are_those_of_a_plan_of_the_same_arms(tmp_path: Path) -> None:
+    """Twice the planned hours and one more; two days where the arm or the number of seeds was another."""
+    folder, study = copy_tree(tmp_path / "tree"), load_study(ROOT / "config" / "smoke.yaml")
+    first, second, third = [name for name in study.arms if study.arm(name).trains][:3]
+    planned = {
+        name: {"train_hours": 1.5, "devices": 1, "hash": study.arm(name).hash, "runs": len(study.seeds)}
+        for name in (first, second, third)
+    }
+    planned[second]["hash"], planned[third]["runs"] = "0123456789abcdef", len(study.seeds) + 1
+    planned["gone"] = planned[first]
+    (folder / "results" / "smoke").mkdir()
+    (folder / "results" / "smoke" / "plan.json").write_text(json.dumps({"arms": planned}))
+    with (folder / "Snakefile").open("a") as file:
+        file.write("for name in TRAINED:\n    arm = type('Wildcards', (), {'arm': name})\n")
+        file.write("    print(f'limit of {name}: {train_minutes(arm)}', file=sys.stderr)\n")
+    text = snakemake(folder, "--configfile", "config/smoke.yaml", "--dry-run")
+    limits = dict(re.findall(r"limit of (\w+): (\d+)", text))
+    assert [limits[name] for name in (first, second, third)] == ["240", "2880", "2880"]
 
 
 def test_verdicts_wait_for_the_experiments_they_rest_on(tmp_path: Path) -> None:

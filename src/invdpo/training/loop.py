@@ -27,8 +27,8 @@ from invdpo.errors import InvdpoError
 from invdpo.files import remove, write_json
 from invdpo.inversion import invert
 from invdpo.inversion.cache import Inverter, Savings, TrajectoryCache, identity
-from invdpo.inversion.guidance import evaluations
-from invdpo.objectives.points import comparison_guidance
+from invdpo.memory import Denoiser, remedies
+from invdpo.network_size import denoiser
 from invdpo.preferences.cache import PreferenceCache, cache_key, load_cache
 from invdpo.preferences.labels import drawn_pairs, flips, strengths
 from invdpo.preferences.order import pair_order
@@ -233,7 +233,7 @@ class Run:
         savings = Savings()
         adapted = None
         try:
-            with memory_for(f"{self.name}: weights and optimizer", remedies(self.arm, self.ranks, before_steps=True)):
+            with memory_for(f"{self.name}: weights and optimizer", self._remedies(base, cache, before_steps=True)):
                 reference = frozen_reference(base, self.arm.recipe.reference_dtype, self.device)
                 inverter = self._inverter(reference, dtype, savings)
                 if training.lora is not None:
@@ -308,13 +308,12 @@ class Run:
             mininterval=0.5,
             disable=not ranks.writes,
         )
-        lower = remedies(self.arm, ranks)
         shown = (self.study, self.arm.name, self.seed, progress.rows, self.device)
         watched = live_run(*shown) if ranks.writes else nullcontext()
         together = shards.calling() if self.sharded else nullcontext()
         with bar, stop_requests() as stop, watched as show, together:
             while progress.step < training.steps:
-                with memory_for(f"{self.name}: step {progress.step + 1}", lower):
+                with memory_for(f"{self.name}: step {progress.step + 1}", self._remedies(policy, stepper.cache)):
                     row = stepper.step()
                 if show is not None:
                     show(row)
@@ -353,6 +352,15 @@ class Run:
                 "the libraries; the last saved state is from before."
             )
         return any(stops), overdue[0]
+
+    def _remedies(
+        self, unet: UNet2DConditionModel, cache: PreferenceCache, before_steps: bool = False
+    ) -> Iterator[str]:
+        """As `memory.remedies`, by the sizes of the network and the pairs that are there."""
+        training = self.arm.training.model_copy(update={"processes": self.ranks.size})
+        arm = self.arm.model_copy(update={"training": training})
+        sizes = Denoiser(**denoiser(unet.config, cache.win_mean.shape[-1], cache.embeds.shape[1]))
+        yield from remedies(arm, sizes, before_steps=before_steps)
 
     def _shard(self, unet: UNet2DConditionModel) -> UNet2DConditionModel:
         return shards.shard(unet, self.device, self.ranks.size)
@@ -628,41 +636,6 @@ class Stepper:
             f"`learning_rate` (now {self.arm.learning_rate:g}) or beta (now {self.arm.recipe.beta:g}), use "
             "`precision: fp32`, or check the pairs of that step."
         )
-
-
-def remedies(arm: ArmConfig, ranks: Ranks, before_steps: bool = False) -> list[str]:
-    """Which settings of an arm to lower when the GPU's memory does not do, the one that frees most first.
-
-    before_steps: where the weights alone do not fit. Afterwards it is the graph of a policy call, which `chunk` bounds
-    where it is smaller than what a backward pass compares, and `micro_batch` elsewhere.
-    """
-    training, recipe, found = arm.training, arm.recipe, []
-    if not before_steps:
-        pairs = training.pairs_a_pass(ranks.size)
-        # Without inversion steps the grid is that of the noise schedule: 1000 levels for every base there is.
-        points = {"single": 1, "subset": recipe.subset_size}.get(recipe.timesteps, recipe.trajectory.steps) or 1000
-        sides = 1 if recipe.loss.kind == "winner_only" else 2
-        latents = pairs * points * sides * evaluations(comparison_guidance(recipe))
-        chunk = min(training.chunk or latents, latents)
-        fewer = [f"`training.micro_batch: {max(1, pairs // 2)}` (now {pairs})"] if pairs > 1 else []
-        smaller = [f"`training.chunk: {chunk // 2}` (now {training.chunk}, of {latents} latents)"] if chunk > 1 else []
-        found += smaller + fewer if chunk < latents else fewer + smaller
-        if not training.gradient_checkpointing:
-            found.append("`training.gradient_checkpointing: true`")
-    whole = training.lora is None and not training.shard
-    if whole and not training.reference_offload:
-        found.append("`training.reference_offload: true`")
-    if whole and training.optimizer == "adamw":
-        found.append("`training.optimizer: adafactor`")
-        if ranks.size > 1:
-            found.append("`training.shard: true` in place of those two")
-    if not before_steps:
-        found.append(f"`training.resolution` for the whole study (now {training.resolution})")
-    if whole:
-        found.append("`training.lora: {rank: 4}`, which is another method")
-    if training.shard:
-        found.append(f"`training.processes`, of which more hold less each (now {ranks.size})")
-    return found or ["a larger GPU"]
 
 
 def _arrange(unet: UNet2DConditionModel, training: TrainingConfig) -> None:
