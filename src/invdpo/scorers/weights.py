@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import pickle
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
@@ -94,6 +95,12 @@ def loading(field: str, identifier: str, load: Callable[[], Loaded]) -> Loaded:
         return load()
     except (InvdpoError, torch.OutOfMemoryError):
         raise
+    except pickle.UnpicklingError as error:
+        # torch's own words say how to run the code.
+        raise InvdpoError(
+            f"{field}: cannot load {identifier}: it is damaged, or holds more than tensors, which could run any code "
+            f"when it is read. Fetch it again, or {INSTEAD}."
+        ) from error
     except Exception as error:
         raise hub.explain(error, identifier, field, INSTEAD) from error
 
