@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import build_tiny_base, build_tiny_sdxl
+from foreign_code import plant
 from hub_stub import Hub
 from safetensors.torch import load_file, save_file
 
@@ -269,6 +270,18 @@ def test_files_of_older_libraries_are_complete(tmp_path: Path, tiny_sdxl: Path) 
     assert found.pooled is not None and expected.pooled is not None and torch.equal(found.pooled, expected.pooled)
     means = [encode_images(load_vae(base, CPU), noise)[0] for base in (folder, tiny_sdxl)]
     assert torch.equal(*means)
+
+
+def test_a_tokenizer_runs_no_code_whatever_is_answered(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(tiny_base, tmp_path / "base")
+    plant(tmp_path / "base" / "tokenizer", tmp_path / "ran")
+    shutil.copy(tmp_path / "base" / "tokenizer" / "foreign.py", tmp_path / "base")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(InvdpoError, match="^`base: .*`: tokenizer of .*/base is made by Python code of its own"):
+        load_text(tmp_path / "base", CPU)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_weights_as_pickles_are_refused(tmp_path: Path, tiny_base: Path) -> None:
