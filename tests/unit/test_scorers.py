@@ -408,12 +408,16 @@ def set_text(folder: Path, settings: dict[str, Any]) -> None:
     path.write_text(json.dumps(config))
 
 
-def test_a_gpu_that_is_out_of_memory_is_no_broken_file() -> None:
+@pytest.mark.parametrize(
+    "full", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED")]
+)
+def test_a_gpu_that_is_out_of_memory_is_no_broken_file(full: RuntimeError) -> None:
     def load() -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise full
 
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(type(full)) as caught:
         loading("scorers.clip.model", "owner/clip", load)
+    assert caught.value is full
 
 
 def test_laion_head_if_there() -> None:

@@ -29,6 +29,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from invdpo.device import is_out_of_memory
 from invdpo.errors import InvdpoError
 
 log = logging.getLogger("invdpo")
@@ -251,7 +252,7 @@ def others_alive() -> Iterator[None]:
         yield
     except RuntimeError as error:
         # Where networks are sharded, their calls are exchanges: every other error is their own.
-        if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
+        if is_out_of_memory(error) or (not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error)):
             raise
         log.warning(f"another process of this run is gone ({' '.join(str(error).split())[:200]})")
         sys.stderr.flush()
