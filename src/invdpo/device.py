@@ -60,6 +60,24 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
+def compiling(what: str) -> Iterator[None]:
+    """Turn a network that torch.compile cannot build into an InvdpoError that says what it needs."""
+    try:
+        yield
+    except RuntimeError as error:
+        from torch._dynamo.exc import BackendCompilerFailed
+
+        # Triton looks for its compiler outside of torch, when a kernel is first called.
+        if is_out_of_memory(error) or not (isinstance(error, BackendCompilerFailed) or "C compiler" in str(error)):
+            raise
+        reason = str(getattr(error, "inner_exception", error)).strip().split("\n")[0][:SAID]
+        raise InvdpoError(
+            f"{what}: torch.compile could not build the network ({reason}). Where there is no C++ compiler, install "
+            "one (`apt-get install g++`, or a module of the cluster), or set `training.compile: false`."
+        ) from error
+
+
+@contextmanager
 def memory_for(what: str, remedies: Sequence[str]) -> Iterator[None]:
     """Turn a GPU that is out of memory into an InvdpoError with what to change, the most helpful first."""
     try:

@@ -57,9 +57,7 @@ FULL = {
 
 @pytest.mark.parametrize("whose", FULL)
 def test_memory_that_any_library_lacks_is_told(whose: str) -> None:
-    with pytest.raises(
-        InvdpoError, match=r"^work: out of GPU memory \([^\n]{10,300}\)\. .*\(1\) this; \(2\) that\.$"
-    ):
+    with pytest.raises(InvdpoError, match=r"^work: out of GPU memory \([^\n]{10,300}\)\. .*\(1\) this; \(2\) that\.$"):
         with memory_for("work", ["this", "that"]):
             raise FULL[whose]
 

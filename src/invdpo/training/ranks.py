@@ -48,6 +48,7 @@ NOT_LEFT_TO_ACCELERATE = (
     "ACCELERATE_USE_MEGATRON_LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG",
 )
+SAID_BY_THE_STUDY = {"ACCELERATE_MIXED_PRECISION": "precision", "ACCELERATE_DYNAMO_BACKEND": "training.compile"}
 LAUNCHED = "INVDPO_LAUNCHED"  # set where the standard input is a pipe that closes when the launcher dies
 
 
@@ -109,6 +110,12 @@ def join(device: torch.device) -> tuple[Ranks, torch.device]:
                 f"{name}={os.environ[name]}: `invdpo train` leaves to accelerate only to join the processes, so this "
                 "would be ignored. Start it without (`accelerate launch` sets it by an option, or from the file of "
                 "`accelerate config`), and set `training.shard: true` for FSDP."
+            )
+    for name, setting in SAID_BY_THE_STUDY.items():
+        if (value := os.environ.get(name, "no")).lower() != "no":
+            raise InvdpoError(
+                f"{name}={value}: this would be ignored, for the study says it (`{setting}`). Set it there, and start "
+                "`invdpo train` without (an option of `accelerate launch`, or the file of `accelerate config`)."
             )
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Ranks(), device
