@@ -15,7 +15,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
-from invdpo.backbones.files import check_fits, file_names, look, part_weights, read_json, said, text_parts
+from invdpo.backbones.files import (
+    check_codec,
+    check_fits,
+    file_names,
+    look,
+    part_weights,
+    read_settings,
+    said,
+    text_parts,
+)
 from invdpo.backbones.pipeline import load_schedule
 from invdpo.backbones.released import Stored, check_same_network, look_at_weights, network_of, require_peft
 from invdpo.device import resolve_device
@@ -111,10 +120,11 @@ def _base(study: StudyConfig, found: Findings) -> Stored | None:
     """A study's base, part by part; the tensors of its UNet."""
     base, vae, variant = _key(study)
     if vae is not None:
-        found.of(_codec, vae, found)
+        found.of(_part, vae, "", None, found, "vae")
     file_names(base, "")  # a listing, which an unreachable hub refuses sooner than a file
     text = text_parts(base)  # where this cannot be read, there is nothing else to say of the base
     found.of(check_fits, base, base)
+    found.of(check_codec, base, vae)
     found.of(load_schedule, base)
     for tokenizer, encoder in text:
         found.of(_tokenizer, base, tokenizer)
@@ -124,11 +134,6 @@ def _base(study: StudyConfig, found: Findings) -> Stored | None:
     unet = _part(base, "unet", variant, found)
     found.of(check_same_network, unet, network_of(base), "base")
     return unet
-
-
-def _codec(vae: str, found: Findings) -> None:
-    _part(vae, "", None, found, "vae")
-    read_json(vae, "config.json", "vae")
 
 
 def _part(source: str, part: str, variant: str | None, found: Findings, label: str = "base") -> Stored:
@@ -282,7 +287,9 @@ def _checkpoints(study: StudyConfig) -> int:
 
 def _pair_bytes(study: StudyConfig) -> int:
     """Of a pair's latents and of its caption, which other pairs may have too."""
-    vae = read_json(study.base, "vae/config.json") if study.vae is None else read_json(study.vae, "config.json", "vae")
+    place = (study.base, "vae/config.json") if study.vae is None else (study.vae, "config.json")
+    shape = ("block_out_channels", "latent_channels")
+    vae = read_settings(*place, shape, "base" if study.vae is None else "vae")
     side = study.training.resolution // 2 ** (len(vae["block_out_channels"]) - 1)
-    width = read_json(study.base, "unet/config.json")["cross_attention_dim"]
+    width = read_settings(study.base, "unet/config.json", ["cross_attention_dim"])["cross_attention_dim"]
     return (4 * vae["latent_channels"] * side**2 + CAPTION_TOKENS * width) * STORED[study.data.storage]

@@ -183,6 +183,7 @@ def _evaluate_seed(studio: Studio, arm: ArmConfig, checkpoints: list[Checkpoint]
                 for head, digest, picture in zip(heads, hashes, pictures, strict=True):
                     images.append({**head, "sha256": digest, "png": png(picture)})
             bar.update(len(ids))
+        del eps_model  # the GPU need not hold two networks while the next one is loaded
     spent = unet_evaluations(
         len(checkpoints) * len(studio.prompts), study.sampling.steps, study.sampling.guidance_scale
     )

@@ -168,6 +168,11 @@ def explain(
     """
     from huggingface_hub import errors
 
+    if "trust_remote_code" in str(error):
+        return InvdpoError(
+            f"{wanted}: {part or 'a part'} of {source} is made by Python code of its own, and no repository's code is "
+            f"run. Name a model that the libraries have a class for, or {instead}."
+        )
     if Path(source).exists() and not is_full_disk(error):  # whatever a library then asked the hub for
         return InvdpoError(f"{wanted}: {_unreadable(part, source, error)}. Check the files, or fetch them again.")
     causes, repo = list(_chain(error)), (split_id(source) or (source, ""))[0]

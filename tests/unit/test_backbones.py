@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import build_tiny_base, build_tiny_sdxl
+from foreign_code import plant
 from hub_stub import Hub
 from safetensors.torch import load_file, save_file
 
-from invdpo.backbones.files import check_fits, fingerprint
+from invdpo.backbones.files import check_codec, check_fits, fingerprint, text_parts
 from invdpo.backbones.pipeline import UNetEps, encode_images, load_schedule, load_unet, load_vae
 from invdpo.backbones.text import empty_prompt, encode_prompts, for_sampling, load_text
 from invdpo.config import StudyConfig
@@ -249,6 +250,64 @@ def test_a_base_put_together_from_both_families_never_trains(
         train(study, "dpo", [0], CPU)
 
 
+def test_a_unet_that_does_not_denoise_the_codec_s_latents_is_refused(
+    tmp_path: Path, tiny_base: Path, tiny_study: MakeStudy
+) -> None:
+    check_codec(tiny_base)
+    base = shutil.copytree(tiny_base, tmp_path / "inpainting")
+    change(base / "unet" / "config.json", in_channels=9)
+    with pytest.raises(InvdpoError, match="reads 9 channels and gives 4, .*`base: .*inpainting` makes latents of 4"):
+        prepare(tiny_study(base=str(base)), CPU)
+    codec = shutil.copytree(tiny_base / "vae", tmp_path / "codec")
+    change(codec / "config.json", latent_channels=16)
+    with pytest.raises(InvdpoError, match="reads 4 channels and gives 4, but the codec of `vae: .*codec` makes .* 16"):
+        prepare(tiny_study(vae=str(codec)), CPU)
+
+
+def test_a_codec_of_another_scale_is_refused(tmp_path: Path, tiny_base: Path) -> None:
+    codec = shutil.copytree(tiny_base / "vae", tmp_path / "codec")
+    change(codec / "config.json", scaling_factor=0.13025)
+    with pytest.raises(InvdpoError, match="`vae: .*codec` multiplies its latents by 0.13025 .*, the .* by 0.18215"):
+        load_vae(tiny_base, CPU, str(codec))
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    change(base / "vae" / "config.json", scaling_factor=0.13025)
+    assert load_vae(base, CPU, str(codec)).config["scaling_factor"] == 0.13025
+    drop(codec / "config.json", "scaling_factor")
+    assert load_vae(tiny_base, CPU, str(codec)).config["scaling_factor"] == 0.18215, "as SD1.5's codec, which says none"
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("unet", "cross_attention_dim"),
+        ("unet", "projection_class_embeddings_input_dim"),
+        ("unet", "in_channels"),
+        ("vae", "latent_channels"),
+        ("text_encoder", "hidden_size"),
+        ("text_encoder_2", "projection_dim"),
+    ],
+)
+def test_a_setting_that_a_configuration_lacks_is_named(name: str, key: str, tmp_path: Path, tiny_sdxl: Path) -> None:
+    base = shutil.copytree(tiny_sdxl, tmp_path / "base")
+    drop(base / name / "config.json", key)
+    with pytest.raises(InvdpoError, match=f"^`base: .*base`: `{name}/config.json` lacks `{key}`, .* Fetch it again"):
+        check_fits(base, base)
+        check_codec(base)
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ([], "^`base: .*`: `model_index.json` holds a list and no settings. Fetch it again"),
+        ({"unet": [], "vae": [None]}, "is a None with . Needed is a pipeline of the Stable Diffusion"),
+    ],
+)
+def test_an_index_without_parts_is_refused(index: Any, message: str, tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(InvdpoError, match=message):
+        text_parts(tmp_path)
+
+
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
 def test_missing_and_unexpected_weights_are_named(tmp_path: Path, tiny_base: Path, part: str) -> None:
     folder = shutil.copytree(tiny_base, tmp_path / "base")
@@ -288,6 +347,18 @@ def test_files_of_older_libraries_are_complete(tmp_path: Path, tiny_sdxl: Path) 
     assert found.pooled is not None and expected.pooled is not None and torch.equal(found.pooled, expected.pooled)
     means = [encode_images(load_vae(base, CPU), noise)[0] for base in (folder, tiny_sdxl)]
     assert torch.equal(*means)
+
+
+def test_a_tokenizer_runs_no_code_whatever_is_answered(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(tiny_base, tmp_path / "base")
+    plant(tmp_path / "base" / "tokenizer", tmp_path / "ran")
+    shutil.copy(tmp_path / "base" / "tokenizer" / "foreign.py", tmp_path / "base")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(InvdpoError, match="^`base: .*`: tokenizer of .*/base is made by Python code of its own"):
+        load_text(tmp_path / "base", CPU)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_weights_as_pickles_are_refused(tmp_path: Path, tiny_base: Path) -> None:
@@ -369,6 +440,13 @@ def test_an_unreachable_hub_is_told_from_a_missing_repository(monkeypatch: pytes
         InvdpoError, match="`vae: some/codec`: there is no some/codec here, and the hub cannot be reached"
     ):
         load_vae("some/base", CPU, "some/codec")
+
+
+def drop(path: Path, key: str) -> None:
+    """Remove a value of a JSON file."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    del content[key]
+    path.write_text(json.dumps(content), encoding="utf-8")
 
 
 def change(path: Path, **values: Any) -> None:

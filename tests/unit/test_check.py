@@ -192,3 +192,17 @@ def test_weights_that_are_held_against_are_looked_at_too(there: Callable[..., St
     )
     hub.repos["owner/other"] = hub.repos["owner/release"]
     assert check(study).problems == []
+
+
+def test_settings_that_a_base_lacks_and_a_codec_that_does_not_fit_are_named(
+    tiny_study: MakeStudy, tiny_base: Path, tmp_path: Path
+) -> None:
+    base, codec = shutil.copytree(tiny_base, tmp_path / "base"), shutil.copytree(tiny_base / "vae", tmp_path / "codec")
+    unet, vae = (json.loads((folder / "config.json").read_text()) for folder in (base / "unet", codec))
+    del unet["cross_attention_dim"]
+    (base / "unet" / "config.json").write_text(json.dumps(unet))
+    (codec / "config.json").write_text(json.dumps(vae | {"scaling_factor": 0.5}))
+    study = tiny_study(base=str(base), vae=str(codec), arms={"base": {"method": "no_training"}})
+    problems = check(study).problems
+    assert sum("`unet/config.json` lacks `cross_attention_dim`" in text for text in problems) == 1
+    assert sum(text.startswith(f"`vae: {codec}` multiplies its latents by 0.5") for text in problems) == 1

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -22,6 +23,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torch_fidelity import calculate_metrics
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from torch_fidelity.utils import create_feature_extractor
 from torchvision.transforms.functional import normalize, resize, to_tensor
 
 from invdpo import distribution as stage
@@ -39,6 +41,7 @@ from invdpo.scorers.distribution import (
     open_clip_tower,
 )
 from invdpo.scorers.openclip import OpenClip
+from invdpo.scorers.weights import sha12
 from invdpo.world.reference import reference_pictures
 
 CPU = torch.device("cpu")
@@ -204,9 +207,7 @@ def networks() -> tuple[FeatureExtractorInceptionV3, LaionSgInception]:
         patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
         torch.manual_seed(0)
         theirs = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
-        ours = LaionSgInception("inception-v3-laionsg", ["2048"])
-    ours.load_state_dict(theirs.state_dict())
-    return theirs, ours
+    return theirs, LaionSgInception("inception-laionsg", ["2048"], theirs.state_dict())
 
 
 Networks = tuple[FeatureExtractorInceptionV3, LaionSgInception]
@@ -252,8 +253,66 @@ def test_missing_weights_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(InvdpoError, match="inception_weights: cannot load .*no network"):
         inception()
     (tmp_path / "weights.pth").write_bytes(b"none")
-    with pytest.raises(InvdpoError, match="cannot load inception:"):
+    with pytest.raises(InvdpoError, match="inception_weights: cannot load .*weights.pth: it is damaged, or holds more"):
+        inception(tmp_path / "weights.pth")
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "weights.pth")
+    with pytest.raises(InvdpoError, match="experiments.distribution: cannot load inception:.*Missing key"):
         reference(shapes(20, 1), inception(tmp_path / "weights.pth"), tmp_path)
+
+
+class Unsafe:
+    """Makes a file where it is unpickled."""
+
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.mark,)
+
+
+def test_weights_of_inception_run_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "checkpoints" / "weights-6726825d.pth"
+    path.parent.mkdir()
+    torch.save({"Conv2d_1a_3x3.conv.weight": Unsafe(tmp_path / "ran")}, path)
+    with pytest.raises(InvdpoError, match="could run any code"):
+        reference(shapes(20, 1), inception(path), tmp_path)
+    monkeypatch.setattr(distribution, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(distribution, "URL_INCEPTION_V3", "https://of.torch/weights-6726825d.pth")
+    monkeypatch.setattr(distribution, "sha12", lambda paths: "6726825d0af5")
+    with pytest.raises(InvdpoError, match="could run any code"):
+        reference(shapes(20, 1), inception(), tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_standard_inception_is_torch_fidelitys(networks: Networks, tmp_path: Path) -> None:
+    theirs, _ = networks
+    torch.save(theirs.state_dict(), tmp_path / "weights.pth")
+    found = inception(tmp_path / "weights.pth")
+    ours = create_feature_extractor(found.names["standard"], ["2048"], cuda=False, **found.options)
+    pictures = torch.randint(0, 256, (2, 3, 80, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(ours(pictures)[0], theirs(pictures)[0])
+    assert found.version == f"inception:{sha12([tmp_path / 'weights.pth'])}:tensorflow-bilinear-299"
+
+
+def test_the_release_is_known_by_its_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "weights")
+    right, wrong = (tmp_path / f"weights-{digits}.pth" for digits in (sha12([tmp_path / "weights"])[:8], "00000000"))
+    for path in (right, wrong):
+        shutil.copy(tmp_path / "weights", path)
+    kept = tmp_path / "cache" / "checkpoints"
+    monkeypatch.setattr(distribution, "get_dir", lambda: str(kept.parent))
+
+    monkeypatch.setattr(distribution, "URL_INCEPTION_V3", right.as_uri())
+    assert set(inception().options["inception_weights"]) == {"weight"} and (kept / right.name).is_file()
+    (kept / right.name).write_bytes(b"another")
+    with pytest.raises(InvdpoError, match=f"{right.name} is not the file that torch-fidelity released.*Delete it"):
+        inception()
+
+    monkeypatch.setattr(distribution, "URL_INCEPTION_V3", wrong.as_uri())
+    with pytest.raises(InvdpoError, match="inception_weights: .*invalid hash value"):
+        inception()
+    assert not (kept / wrong.name).exists()
 
 
 # The cache ----------------------------------------------------------------------------------------------------------
@@ -283,6 +342,15 @@ def test_reference_is_read_once_for_the_same_pictures_and_weights(
     assert sum(seen) == 2 * 20 + 2 * 20 + 2 * 20, "the second time only the generated ones are looked at"
     reference([*pictures[1:], *shapes(1, 99)], tower, tmp_path)
     assert sum(seen) == 6 * 20 + 2 * 20, "another picture is another set"
+
+
+def test_kept_statistics_run_no_code(tower: Extractor, tmp_path: Path) -> None:
+    reference(shapes(20, 1), tower, tmp_path / "cache")
+    for path in (tmp_path / "cache").iterdir():
+        torch.save(Unsafe(tmp_path / "ran"), path)
+    with pytest.raises(InvdpoError, match="experiments.distribution: cannot load .*cache/"):
+        reference(shapes(20, 1), tower, tmp_path / "cache")
+    assert not (tmp_path / "ran").exists()
 
 
 def test_other_weights_do_not_meet_an_old_file(tower: Extractor, tmp_path: Path) -> None:

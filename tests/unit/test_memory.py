@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -10,12 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
-from invdpo import distribution, score
+from invdpo import distribution, evaluate, score
 from invdpo.backbones import pipeline
 from invdpo.config import ScorersConfig, StudyConfig
+from invdpo.device import memory_for
 from invdpo.errors import InvdpoError
 from invdpo.experiments import stage
 from invdpo.preferences.cache import prepare
+from invdpo.training.ranks import others_alive
 
 CPU = torch.device("cpu")
 MakeStudy = Callable[..., StudyConfig]
@@ -31,6 +34,75 @@ def said(work: Callable[[], object]) -> str:
     text = str(caught.value)
     assert "out of GPU memory (CUDA out of memory. Tried to allocate 2.00 GiB)" in text
     return text.split("In the order that helps most: ")[1]
+
+
+FULL = {
+    "allocator": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total of 80 GiB"),
+    "runtime": torch.AcceleratorError(
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other API call, so the "
+        "stacktrace below might be incorrect.\nFor debugging consider passing CUDA_LAUNCH_BLOCKING=1"
+    ),
+    "runtime by its code": RuntimeError("CUDA driver error: cudaErrorMemoryAllocation"),
+    "cublas": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    "cudnn": RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    "cudnn 9": RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+    "nccl": torch.distributed.DistBackendError(
+        "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:77, unhandled cuda error (run with "
+        "NCCL_DEBUG=INFO for details), NCCL version 2.27.5\nncclUnhandledCudaError: Call to CUDA function failed.\n"
+        "Last error:\nCuda failure 2 'out of memory'"
+    ),
+    "pinned": RuntimeError("Failed to allocate pinned memory: out of memory"),
+}
+
+
+@pytest.mark.parametrize("whose", FULL)
+def test_memory_that_any_library_lacks_is_told(whose: str) -> None:
+    with pytest.raises(InvdpoError, match=r"^work: out of GPU memory \([^\n]{10,300}\)\. .*\(1\) this; \(2\) that\.$"):
+        with memory_for("work", ["this", "that"]):
+            raise FULL[whose]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA error: device-side assert triggered"),
+        torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory"),
+        torch.distributed.DistBackendError("NCCL error: remote process exited or there was a network error"),
+        OSError("out of memory on the CUDA disk"),
+        InvdpoError("CUDA: out of memory"),
+    ],
+)
+def test_other_errors_pass_unchanged(error: Exception) -> None:
+    with pytest.raises(type(error)) as caught, memory_for("work", ["this"]):
+        raise error
+    assert caught.value is error
+
+
+@pytest.mark.parametrize("whose", ["nccl", "runtime"])
+def test_an_exchange_without_memory_does_not_blame_the_others(whose: str) -> None:
+    with pytest.raises(RuntimeError) as caught, others_alive():
+        raise FULL[whose]
+    assert caught.value is FULL[whose]
+
+
+def test_a_unet_is_let_go_before_the_next_one_is_loaded(
+    tiny_study: MakeStudy, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[weakref.ref[torch.nn.Module]] = []
+
+    def unet(*_: object) -> torch.nn.Module:
+        assert all(each() is None for each in loaded)
+        one = pipeline.load_unet(tiny_base, CPU)
+        loaded.append(weakref.ref(one))
+        return one
+
+    monkeypatch.setattr(evaluate.Studio, "unet", unet)
+    monkeypatch.setattr(evaluate, "build_scorers", lambda *_: [])
+    checkpoints = [evaluate.Checkpoint(0, step, str(tiny_base)) for step in (1, 2, 3)]
+    monkeypatch.setattr(evaluate, "checkpoints_of", lambda *_: checkpoints)
+    evaluate.evaluate(tiny_study(), "dpo", [0, 1], CPU)
+    assert len(loaded) == 6
 
 
 def test_preparing_pairs(tiny_study: MakeStudy, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -391,6 +391,23 @@ def test_what_accelerate_is_not_left_is_refused(monkeypatch: pytest.MonkeyPatch)
             assert ranks.join(CPU) == (ranks.Ranks(), CPU)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "setting"),
+    [
+        ("ACCELERATE_MIXED_PRECISION", "bf16", "precision"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "training.compile"),
+    ],
+)
+def test_what_the_study_says_is_not_said_to_accelerate(
+    name: str, value: str, setting: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(InvdpoError, match=rf"{name}={value}: this would be ignored, .*\(`{setting}`\)"):
+        ranks.join(CPU)
+    monkeypatch.setenv(name, "NO")  # as accelerate writes one of them
+    assert ranks.join(CPU) == (ranks.Ranks(), CPU)
+
+
 def test_what_cannot_be_shared_is_refused(prepared: MakeStudy) -> None:
     kto = {"method": "diffusion_kto"}
     study = prepared(arms={"kto": kto, "cut": {"method": "diffusion_dpo", "training": {"micro_batch": 4}}})

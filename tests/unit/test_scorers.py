@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from itertools import pairwise
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from foreign_code import plant
 from hub_stub import Hub
 from PIL import Image
 from torch.nn.functional import normalize
@@ -352,12 +354,70 @@ def test_a_head_of_the_hub_runs_no_code(hub: Hub, tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_gpu_that_is_out_of_memory_is_no_broken_file() -> None:
-    def load() -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+def test_processors_of_pickscore_run_no_code(
+    pick_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Beside a config.json of CLIP its own classes would be taken anyway.
+    shutil.copytree(pick_folder, tmp_path / "processor", ignore=shutil.ignore_patterns("config.json", "*.safetensors"))
+    plant(tmp_path / "processor", tmp_path / "ran")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(InvdpoError, match="scorers.pickscore.processor: a part of .*/processor is made by Python code"):
+        PickScore(str(pick_folder), CPU, processor=str(tmp_path / "processor"))
+    assert not (tmp_path / "ran").exists()
 
-    with pytest.raises(torch.OutOfMemoryError):
+
+@pytest.mark.parametrize("settings", [{}, {"tokenizer_kwargs": {"trust_remote_code": True}}])
+def test_tokenizers_of_open_clip_run_no_code(
+    settings: dict[str, Any], open_clip_folder: Path, scorer_hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "clip"
+    shutil.copytree(open_clip_folder, folder)
+    plant(folder, tmp_path / "ran")
+    set_text(folder, settings | {"hf_tokenizer_name": "owner/clip"})
+    scorer_hub.repos["owner/clip"] = {path.name: path.read_bytes() for path in folder.iterdir()}
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    for model in (f"local-dir:{folder}", "hf-hub:owner/clip"):
+        with pytest.raises(InvdpoError, match=r"scorers.clip.model: .*clip is made by Python code of its own"):
+            OpenClip(model, CPU)
+    assert not (tmp_path / "ran").exists()
+    if settings:
+        with pytest.raises(InvdpoError, match="scorers.clip.model: .*clip is made by Python code of its own"):
+            looks(ScorersConfig.model_validate({"clip": {"model": f"local-dir:{folder}"}}))[0]()
+
+
+def test_text_towers_of_open_clip_run_no_code(
+    open_clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, tower = tmp_path / "clip", tmp_path / "tower"
+    shutil.copytree(open_clip_folder, folder)
+    set_text(folder, {"hf_model_name": str(tower)})
+    tower.mkdir()
+    (tower / "config.json").write_text(json.dumps({"auto_map": {"AutoConfig": "foreign.Foreign"}}))
+    (tower / "foreign.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(InvdpoError, match="scorers.clip.model: .*clip is made by Python code of its own"):
+        OpenClip(f"local-dir:{folder}", CPU)
+    assert not (tmp_path / "ran").exists()
+
+
+def set_text(folder: Path, settings: dict[str, Any]) -> None:
+    """Settings of the text tower in the configuration of an open_clip folder."""
+    path = folder / "open_clip_config.json"
+    config = json.loads(path.read_text())
+    config["model_cfg"]["text_cfg"] |= settings
+    path.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    "full", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED")]
+)
+def test_a_gpu_that_is_out_of_memory_is_no_broken_file(full: RuntimeError) -> None:
+    def load() -> None:
+        raise full
+
+    with pytest.raises(type(full)) as caught:
         loading("scorers.clip.model", "owner/clip", load)
+    assert caught.value is full
 
 
 def test_laion_head_if_there() -> None:

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from invdpo import cost, evaluate, objectives
 from invdpo.backbones import pipeline
 from invdpo.config import LoraConfig, StudyConfig, TrainingConfig
+from invdpo.device import compiling, memory_for
 from invdpo.errors import InvdpoError
 from invdpo.preferences.cache import load_cache
 from invdpo.training import loop, lora, offload, optim, state
@@ -293,6 +294,41 @@ def test_a_compiled_unet_predicts_the_same(tiny_base: Path) -> None:
     stats = torch._dynamo.utils.counters["stats"]
     assert stats["unique_graphs"] == 1 and stats["calls_captured"] > 100
     assert compiled.state_dict().keys() == plain.state_dict().keys()
+
+
+def test_a_network_that_cannot_be_compiled_says_what_is_needed(
+    prepared: MakeStudy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without_compiler(*_: object) -> Any:
+        raise RuntimeError("No working C++ compiler found")
+
+    def backward(*_: object, **__: object) -> Any:
+        return torch.compile(torch.neg, backend=without_compiler)(torch.ones(1))
+
+    monkeypatch.setattr(objectives, "backward", backward)
+    study = prepared()
+    words = r"dpo/seed0: step 1: torch.compile could .*No working C\+\+ .* install .*g\+\+.*`training.compile: false`"
+    with pytest.raises(InvdpoError, match=words):
+        train(study, "dpo")
+
+
+def test_other_errors_are_not_blamed_on_the_compiler() -> None:
+    with pytest.raises(RuntimeError, match="^sizes differ$"), compiling("step 1"):
+        raise RuntimeError("sizes differ")
+    with pytest.raises(InvdpoError, match="step 1: torch.compile could not build the network .Failed to find C comp"):
+        with compiling("step 1"):
+            raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable")
+    with pytest.raises(InvdpoError, match="step 1: out of GPU memory"):
+        with memory_for("step 1", ["less"]), compiling("step 1"):
+            torch.compile(torch.neg, backend=full)(torch.ones(1))
+
+
+def test_gradients_of_gradients_are_not_compiled(prepared: MakeStudy) -> None:
+    arm = {"method": "likelihood_dpo", "training": {"compile": True}}
+    study = prepared(arms={"likelihood": arm, "dpo": {**arm, "method": "diffusion_dpo"}})
+    loop._check_passes(study.arm("dpo"), Ranks())
+    with pytest.raises(InvdpoError, match="`arms.likelihood`: `training.compile` and recipe likelihood_dpo exclude"):
+        train(study, "likelihood")
 
 
 def test_attention_is_torchs_scaled_dot_product_attention(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ UNET = "diffusion_pytorch_model"  # what diffusers calls the file of a UNet or c
 TEXT = "model"  # and transformers that of a text encoder
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 FLOATS = ("F16", "BF16", "F32", "F64")  # what weights may be stored as
+SCALE = 0.18215  # of a codec whose configuration does not say it, as SD1.5's: diffusers' default
 NAMED = 4  # keys that a message about a checkpoint names
 LOCAL_COPY = "put the folder of a local copy in place of the id"
 
@@ -34,12 +35,28 @@ def said(label: str, source: str | Path) -> str:
 
 
 def read_json(source: str | Path, name: str, label: str = "base") -> dict[str, Any]:
-    """A JSON file of a pipeline folder or hub id, by its path inside it; InvdpoError where it cannot be read. label:
-    the study's key that names the source."""
+    """A JSON file of a pipeline folder or hub id, by its path inside it; InvdpoError where it cannot be read or holds
+    no object. label: the study's key that names the source."""
     path = fetch(source, name, label)
     if not path.is_file():
         raise _missing(source, name, label)
-    return attempt(source, name, lambda: json.loads(path.read_text(encoding="utf-8")), label)
+    found = attempt(source, name, lambda: json.loads(path.read_text(encoding="utf-8")), label)
+    if not isinstance(found, dict):
+        raise InvdpoError(
+            f"{said(label, source)}: `{name}` holds a {type(found).__name__} and no settings. Fetch it again."
+        )
+    return found
+
+
+def read_settings(source: str | Path, name: str, keys: Iterable[str], label: str = "base") -> dict[str, Any]:
+    """As `read_json`, and InvdpoError where the file lacks one of the keys."""
+    found = read_json(source, name, label)
+    if lacking := [key for key in keys if key not in found]:
+        raise InvdpoError(
+            f"{said(label, source)}: `{name}` lacks {' and '.join(f'`{key}`' for key in lacking)}, which says what the "
+            "network reads or gives. Fetch it again, or use another release."
+        )
+    return found
 
 
 def _missing(source: str | Path, part: str, label: str) -> InvdpoError:
@@ -108,7 +125,7 @@ def text_parts(base: str | Path) -> tuple[tuple[str, str], ...]:
     Raises InvdpoError for a pipeline of another kind.
     """
     index = read_json(base, "model_index.json")
-    has = {name for name, value in index.items() if isinstance(value, list) and value[0] is not None}
+    has = {name for name, value in index.items() if isinstance(value, list) and value and value[0] is not None}
     if not {"unet", "vae", "text_encoder", "tokenizer", "scheduler"} <= has or "text_encoder_3" in has:
         raise InvdpoError(
             f"`{base}` is a {index.get('_class_name')} with {', '.join(sorted(has))}. Needed is a pipeline of the "
@@ -123,8 +140,9 @@ def check_fits(source: str | Path, base: str | Path) -> None:
 
     Reads configurations only: a checkpoint of the wrong family is found before its gigabytes are fetched.
     """
-    unet = read_json(source, "unet/config.json")
-    encoders = [read_json(base, f"{folder}/config.json") for _, folder in text_parts(base)]
+    unet = read_settings(source, "unet/config.json", ["cross_attention_dim"])
+    wide = {"text_encoder": ["hidden_size"], "text_encoder_2": ["hidden_size", "projection_dim"]}
+    encoders = [read_settings(base, f"{name}/config.json", wide[name]) for _, name in text_parts(base)]
     pooled = encoders[1]["projection_dim"] if len(encoders) == 2 else None
     wanted = (sum(encoder["hidden_size"] for encoder in encoders), pooled)
     found = (unet["cross_attention_dim"], _pooled_width(unet, source))
@@ -144,7 +162,35 @@ def _pooled_width(unet: dict[str, Any], source: str | Path) -> int | None:
         raise InvdpoError(
             f"The UNet of `{source}` has `addition_embed_type: {kind}`; only `text_time` (SDXL) is known."
         )
-    return unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
+    keys = ("projection_class_embeddings_input_dim", "addition_time_embed_dim")
+    unet = read_settings(source, "unet/config.json", keys)
+    return unet[keys[0]] - 6 * unet[keys[1]]
+
+
+def check_codec(base: str | Path, vae: str | None = None) -> None:
+    """InvdpoError where the UNet of a pipeline does not denoise what its codec makes, or what the one in `vae` does:
+    latents of as many channels, in the scale that the UNet was trained on.
+
+    Reads configurations only, as `check_fits`.
+    """
+    source, name, label = (base, "vae/config.json", "base") if vae is None else (vae, "config.json", "vae")
+    codec = read_settings(source, name, ["latent_channels"], label)
+    unet = read_settings(base, "unet/config.json", ["in_channels", "out_channels"])
+    found, made = (unet["in_channels"], unet["out_channels"]), codec["latent_channels"]
+    if found != (made, made):
+        raise InvdpoError(
+            f"The UNet of `{base}` reads {found[0]} channels and gives {found[1]}, but the codec of "
+            f"{said(label, source)} makes latents of {made}. Use a codec of the base's family, and a base that "
+            "denoises latents alone: one for inpainting or for editing reads other pictures beside them."
+        )
+    if vae is None:
+        return
+    own, other = (each.get("scaling_factor", SCALE) for each in (read_json(base, "vae/config.json"), codec))
+    if own != other:
+        raise InvdpoError(
+            f"{said('vae', vae)} multiplies its latents by {other} (`scaling_factor`), the codec of `{base}` by {own}, "
+            "which the UNet was trained on. Use a codec of the base's family."
+        )
 
 
 def _reads(width: int, pooled: int | None) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from invdpo.backbones.files import attempt, check_fits, load_weights, read_json
+from invdpo.backbones.files import attempt, check_codec, check_fits, load_weights, read_json
 from invdpo.device import autocast
 from invdpo.errors import InvdpoError
 from invdpo.schedule import NoiseSchedule
@@ -96,11 +96,15 @@ def load_vae(
     dtype: the precision of the study's networks. In either half precision a codec whose config.json says that it is
     safe there (`force_upcast: false`) runs in fp16, which has three bits more than bf16; every other runs in fp32:
     SDXL's own gives NaN in fp16. variant: as for `load_unet`, of the pipeline's own codec.
+
+    Raises InvdpoError for a codec whose latents the pipeline's UNet was not trained on, missing or unexpected weights,
+    and pickles.
     """
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     source, part, label = (base, "vae", "base") if vae is None else (vae, "", "vae")
     upcast = read_json(source, f"{part}/config.json".lstrip("/"), label).get("force_upcast", True)  # diffusers' default
+    check_codec(base, vae)
     runs_in = torch.float32 if dtype == torch.float32 or upcast else torch.float16
     options = {"torch_dtype": runs_in, "variant": variant if vae is None else None}
     codec = load_weights(AutoencoderKL, source, part, label, **options)

@@ -60,7 +60,9 @@ def _load(base: str | Path, tokenizer: str, encoder: str, device: torch.device, 
 
     kind = CLIPTextModel if encoder == "text_encoder" else CLIPTextModelWithProjection
     network: Any = load_weights(kind, base, encoder, dtype=torch.float32, variant=variant)
-    words = attempt(base, tokenizer, lambda: AutoTokenizer.from_pretrained(base, subfolder=tokenizer))
+    # None, the library's default, asks on a terminal whether to run a repository's code.
+    options = {"subfolder": tokenizer, "trust_remote_code": False}
+    words = attempt(base, tokenizer, lambda: AutoTokenizer.from_pretrained(base, **options))
     return Encoder(words, network.eval().to(device))
 
 

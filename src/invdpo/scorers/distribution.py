@@ -18,6 +18,7 @@ with n pictures the covariance of d features has at most rank n - 1: both number
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,25 +28,22 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.hub import download_url_to_file, get_dir
 from torch.nn.functional import interpolate
 from torch.utils.data import Dataset
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
-from torch_fidelity.metric_fid import (
-    KEY_METRIC_FID,
-    fid_featuresdict_to_statistics,
-    fid_featuresdict_to_statistics_cached,
-    fid_statistics_to_metric,
-)
+from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_featuresdict_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_featuresdict_to_metric
 from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_featuresdict_to_metric
 from torch_fidelity.registry import register_feature_extractor
-from torch_fidelity.utils import create_feature_extractor, extract_featuresdict_from_input_id_cached
+from torch_fidelity.utils import create_feature_extractor, extract_featuresdict_from_input_id
 from torchvision.transforms.functional import pil_to_tensor, resize
 
 from invdpo.errors import InvdpoError
+from invdpo.files import replace_when_done
 from invdpo.image_files import Picture
 from invdpo.scorers.openclip import OpenClip
 from invdpo.scorers.weights import loading, require_file, sha12
@@ -56,6 +54,7 @@ KID_SUBSETS = 100
 NEIGHBOURS = 3  # of precision and recall, torch-fidelity's default (Kynkäänniemi et al. 2019)
 SEED = 2020  # of KID's subsets, torch-fidelity's default
 FIELD = "experiments.distribution"
+STATISTICS = ("mu", "sigma")  # of the features, as torch-fidelity names them
 
 
 def scaled_once(pictures: Tensor) -> Tensor:
@@ -64,8 +63,22 @@ def scaled_once(pictures: Tensor) -> Tensor:
     return resize(scaled, [LAIONSG_SIDE, LAIONSG_SIDE], antialias=False)
 
 
-class LaionSgInception(FeatureExtractorInceptionV3):
-    """torch-fidelity's Inception behind the preparation of LAION-SG's script; feature '2048' alone."""
+class Inception(FeatureExtractorInceptionV3):
+    """torch-fidelity's Inception.
+
+    inception_weights: its tensors by name, passed through `create_feature_extractor`.
+    """
+
+    def __init__(self, name: str, features_list: list[str], inception_weights: Mapping[str, Tensor], **_: Any):
+        # torch-fidelity runs whatever code a file holds, so it is given no file but tensors written anew.
+        written = io.BytesIO()
+        torch.save(dict(inception_weights), written)
+        written.seek(0)
+        super().__init__(name, features_list, written)
+
+
+class LaionSgInception(Inception):
+    """The same network behind the preparation of LAION-SG's script; feature '2048' alone."""
 
     def forward(self, input: Tensor) -> tuple[Tensor]:
         """uint8 (B,3,H,W) -> ((B,2048),)."""
@@ -131,7 +144,8 @@ class LaionSgOpenClip(OpenClipFeatures):
 
 register_feature_extractor("open-clip", OpenClipFeatures)
 register_feature_extractor("open-clip-laionsg", LaionSgOpenClip)
-register_feature_extractor("inception-v3-laionsg", LaionSgInception)
+register_feature_extractor("inception", Inception)
+register_feature_extractor("inception-laionsg", LaionSgInception)
 
 
 @dataclass(frozen=True)
@@ -150,22 +164,35 @@ class Extractor:
 
 def inception(weights: Path | str | None = None) -> Extractor:
     """Inception of the original FID. weights: a local file in torch-fidelity's format; None: its own release, from
-    torch's cache or the network. Raises InvdpoError where there is no such file.
+    torch's cache or the network. Raises InvdpoError where there is no such file, where it holds anything but tensors,
+    and where it is not the one that was released.
     """
     place = f"{FIELD}.inception_weights"
-    if weights is None:
-        path = Path(get_dir()) / "checkpoints" / URL_INCEPTION_V3.rsplit("/", 1)[1]
-        if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            loading(place, URL_INCEPTION_V3, lambda: download_url_to_file(URL_INCEPTION_V3, str(path), progress=False))
-    else:
-        path = require_file(weights, place)
+    path = _released_inception(place) if weights is None else require_file(weights, place)
+    tensors = loading(place, str(path), lambda: torch.load(path, map_location="cpu", weights_only=True))
     return Extractor(
-        {"standard": "inception-v3-compat", "laionsg_compat": "inception-v3-laionsg"},
+        {"standard": "inception", "laionsg_compat": "inception-laionsg"},
         "2048",
         f"inception:{sha12([path])}:tensorflow-bilinear-299",
-        {"feature_extractor_weights_path": str(path)},
+        {"inception_weights": tensors},
     )
+
+
+def _released_inception(place: str) -> Path:
+    """The file of torch-fidelity's release, whose name ends in the first digits of its sha256."""
+    path = Path(get_dir()) / "checkpoints" / URL_INCEPTION_V3.rsplit("/", 1)[1]
+    digits = path.stem.rsplit("-", 1)[1]
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        loading(
+            place, URL_INCEPTION_V3, lambda: download_url_to_file(URL_INCEPTION_V3, str(path), digits, progress=False)
+        )
+    if not (found := sha12([path])).startswith(digits):
+        raise InvdpoError(
+            f"{place}: {path} is not the file that torch-fidelity released (its sha256 begins with {found}, not "
+            f"{digits}). Delete it, and it is fetched again."
+        )
+    return path
 
 
 def open_clip_tower(model: str, device: torch.device, pretrained: str | None = None) -> Extractor:
@@ -239,7 +266,7 @@ class Reference:
     """A reference set under an extractor; its features and FID statistics are kept in `cache`.
 
     The files' names hold hashes of the pictures, the weights and the preparation, so that a change of any of them
-    cannot meet an old file.
+    cannot meet an old file. (torch-fidelity's own cache would run whatever code a file in it holds.)
     """
 
     def __init__(
@@ -263,10 +290,8 @@ class Reference:
             "kid_subsets": KID_SUBSETS,
             "kid_subset_size": kid_subset_size,
             "prc_neighborhood": NEIGHBOURS,
-            "cache_root": str(cache),
         }
-        # The name that torch-fidelity adds tells the two modes apart.
-        self.cache_name = f"{pictures.hash}-{extractor.version.replace(':', '-')}"
+        name = f"{pictures.hash}-{extractor.version.replace(':', '-')}"
         self.too_few(pictures)
         options = {**self.shared, **extractor.options}
         with self._on_device():
@@ -274,13 +299,9 @@ class Reference:
                 mode: loading(FIELD, extractor.version, lambda name=name: self._create(name, options))
                 for mode, name in extractor.names.items()
             }
-            self.features = {mode: self._features(network, pictures, True) for mode, network in self.networks.items()}
-            self.statistics = {
-                mode: fid_featuresdict_to_statistics_cached(
-                    self.features[mode], self.cache_name, network, self.layer, **self.shared
-                )
-                for mode, network in self.networks.items()
-            }
+            kept = {mode: self._kept(cache / f"{name}-{mode}.safetensors", mode) for mode in self.networks}
+        self.features = {mode: {self.layer: tensors["features"]} for mode, tensors in kept.items()}
+        self.statistics = {mode: {part: tensors[part].numpy() for part in STATISTICS} for mode, tensors in kept.items()}
         self.rank = _rank(self.features["standard"][self.layer])
 
     def compare(self, generated: PictureSet) -> Distribution:
@@ -332,12 +353,19 @@ class Reference:
     def _create(self, name: str, options: Mapping[str, Any]) -> FeatureExtractorBase:
         return create_feature_extractor(name, [self.layer], **options)
 
-    def _features(self, network: FeatureExtractorBase, pictures: PictureSet, kept: bool = False) -> dict[str, Tensor]:
-        """Feature -> (n, D) of a set; kept: read from and written to the cache."""
-        name = self.cache_name if kept else None
-        return extract_featuresdict_from_input_id_cached(
-            1, network, input1=pictures, input1_cache_name=name, **self.shared
-        )
+    def _kept(self, path: Path, mode: str) -> dict[str, Tensor]:
+        """The reference's features (n, D) and their FID statistics, from `path` or written to it."""
+        if not path.is_file():
+            features = self._features(self.networks[mode], self.pictures)
+            statistics = fid_featuresdict_to_statistics(features, self.layer)
+            tensors = {part: torch.from_numpy(statistics[part]) for part in STATISTICS}
+            with replace_when_done(path) as temporary:
+                save_file({"features": features[self.layer], **tensors}, temporary)
+        return loading(FIELD, str(path), lambda: load_file(path))
+
+    def _features(self, network: FeatureExtractorBase, pictures: PictureSet) -> dict[str, Tensor]:
+        """Feature -> (n, D) of a set."""
+        return extract_featuresdict_from_input_id(1, network, input1=pictures, **self.shared)
 
     @contextmanager
     def _on_device(self) -> Iterator[None]:

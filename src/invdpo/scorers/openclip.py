@@ -11,6 +11,7 @@ not, as every torchvision before.
 
 from __future__ import annotations
 
+import json
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -70,6 +71,7 @@ def look_for(model: str, pretrained: str | None, checkpoint: str | None, field: 
 
     if model.startswith(LOCAL):
         weights_in(Path(model.removeprefix(LOCAL)), field)
+        _text_settings(model, field)
     elif not model.startswith(HUB) and model not in open_clip.list_models():
         raise InvdpoError(f"{field}: open_clip has no architecture {model}.{nearest(model, open_clip.list_models())}")
     if checkpoint is not None:
@@ -85,6 +87,37 @@ def look_for(model: str, pretrained: str | None, checkpoint: str | None, field: 
             raise InvdpoError(_without_weights(model, field))
         require_file(pretrained, field)
     return []
+
+
+def _text_settings(model: str, field: str) -> dict[str, Any]:
+    """What a model's configuration says of its text tower; InvdpoError where it asks for a repository's own code."""
+    import open_clip
+    from open_clip.constants import HF_CONFIG_NAME
+    from open_clip.pretrained import download_pretrained_from_hf
+
+    name = model.removeprefix(HUB).removeprefix(LOCAL)
+
+    def read() -> dict[str, Any]:
+        if name == model:
+            return (open_clip.get_model_config(model) or {}).get("text_cfg", {})
+        local = model.startswith(LOCAL)
+        path = Path(name) / HF_CONFIG_NAME if local else Path(download_pretrained_from_hf(name, HF_CONFIG_NAME))
+        return json.loads(path.read_text(encoding="utf-8"))["model_cfg"]["text_cfg"]
+
+    settings = loading(field, name, read)
+    if settings.get("tokenizer_kwargs", {}).get("trust_remote_code") or _has_code(settings.get("hf_model_name"), field):
+        raise InvdpoError(
+            f"{field}: the text tower or tokenizer of {name} is made by Python code of its own, and no repository's "
+            f"code is run. Name a model that the libraries have a class for."
+        )
+    return settings
+
+
+def _has_code(tower: str | None, field: str) -> bool:
+    """Whether a text tower of transformers, by its folder or hub id, comes with a class of its own."""
+    from transformers import PretrainedConfig
+
+    return tower is not None and "auto_map" in loading(field, tower, lambda: PretrainedConfig.get_config_dict(tower))[0]
 
 
 def _hub_weights(repo: str, name: str, field: str) -> Remote:
@@ -128,8 +161,10 @@ class OpenClip:
         if not files:
             raise InvdpoError(_without_weights(model, field))
         self.device = device
+        # The other tokenizers take no such argument.
+        options = {"trust_remote_code": False} if _text_settings(model, field).get("hf_tokenizer_name") else {}
         self.model, transform, self.tokenize = loading(
-            field, model.removeprefix(HUB).removeprefix(LOCAL), lambda: _load(model, pretrained, over, device)
+            field, model.removeprefix(HUB).removeprefix(LOCAL), lambda: _load(model, pretrained, over, device, options)
         )
         self.preprocessing = _preprocessing(preprocessing, self.model.visual, transform)
         self.hash = sha12(files)
@@ -170,8 +205,10 @@ class OpenClip:
         return int((longer[:, :-1] != tokens).any(dim=1).sum())
 
 
-def _load(model: str, pretrained: str | None, checkpoint: Path | None, device: torch.device) -> tuple[Any, Any, Any]:
-    """(model in eval mode on the device, validation transform, tokenizer)."""
+def _load(
+    model: str, pretrained: str | None, checkpoint: Path | None, device: torch.device, options: dict[str, Any]
+) -> tuple[Any, Any, Any]:
+    """(model in eval mode on the device, validation transform, tokenizer). options: the tokenizer's."""
     import open_clip
 
     # OpenAI's weights were trained with QuickGELU; under the plain architecture name open_clip only warns.
@@ -180,7 +217,7 @@ def _load(model: str, pretrained: str | None, checkpoint: Path | None, device: t
     network, _, preprocess = open_clip.create_model_and_transforms(model, pretrained=pretrained, force_quick_gelu=gelu)
     if checkpoint is not None:
         open_clip.load_checkpoint(network, str(checkpoint), strict=True, weights_only=True)
-    return network.to(device).eval().requires_grad_(False), preprocess, open_clip.get_tokenizer(model)
+    return network.to(device).eval().requires_grad_(False), preprocess, open_clip.get_tokenizer(model, **options)
 
 
 def _preprocessing(kind: Kind, visual: Any, transform: Any) -> Preprocessing:

@@ -160,4 +160,5 @@ def _load_model(folder: Path, device: torch.device) -> Any:
 def _load_processor(identifier: str) -> Any:
     from transformers import CLIPProcessor
 
-    return CLIPProcessor.from_pretrained(identifier, backend="pil")
+    # None, the library's default, asks on a terminal whether to run a repository's code.
+    return CLIPProcessor.from_pretrained(identifier, backend="pil", trust_remote_code=False)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import pickle
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from invdpo import hub
+from invdpo.device import is_out_of_memory
 from invdpo.errors import InvdpoError
 
 Loaded = TypeVar("Loaded")
@@ -92,9 +93,17 @@ def loading(field: str, identifier: str, load: Callable[[], Loaded]) -> Loaded:
     """
     try:
         return load()
-    except (InvdpoError, torch.OutOfMemoryError):
+    except InvdpoError:
         raise
+    except pickle.UnpicklingError as error:
+        # torch's own words say how to run the code.
+        raise InvdpoError(
+            f"{field}: cannot load {identifier}: it is damaged, or holds more than tensors, which could run any code "
+            f"when it is read. Fetch it again, or {INSTEAD}."
+        ) from error
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise hub.explain(error, identifier, field, INSTEAD) from error
 
 

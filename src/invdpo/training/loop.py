@@ -22,7 +22,7 @@ from torch import Tensor
 from invdpo import objectives
 from invdpo.backbones.pipeline import UNetEps, load_schedule, load_unet
 from invdpo.config import ArmConfig, StudyConfig, TrainingConfig
-from invdpo.device import memory_for, resolve_dtype
+from invdpo.device import compiling, memory_for, resolve_dtype
 from invdpo.errors import InvdpoError
 from invdpo.files import remove, write_json
 from invdpo.inversion import invert
@@ -105,9 +105,19 @@ def train(study: StudyConfig, arm_name: str, seeds: list[int], device: torch.dev
 
 
 def _check_passes(arm: ArmConfig, ranks: Ranks) -> None:
-    """A loss that looks at its whole batch cannot be summed over parts of it."""
+    """InvdpoError where the settings of an arm's passes and its recipe exclude each other.
+
+    A loss that looks at its whole batch, for instance, cannot be summed over parts of it.
+    """
     training = arm.training
-    if training.shard and ranks.size > 1 and arm.trains and arm.recipe.log_ratio.form == "likelihood":
+    likelihood = arm.trains and arm.recipe.log_ratio.form == "likelihood"
+    if training.compile and likelihood:
+        raise InvdpoError(
+            f"`arms.{arm.name}`: `training.compile` and recipe {arm.recipe.name} exclude each other: the gradient of "
+            "its log-ratio (`log_ratio.form: likelihood`) goes through gradients, which torch.compile cannot "
+            "differentiate again. Leave `compile` out for this arm."
+        )
+    if training.shard and ranks.size > 1 and likelihood:
         raise InvdpoError(
             f"`arms.{arm.name}`: `training.shard` and recipe {arm.recipe.name} exclude each other: the gradient of its "
             "log-ratio (`log_ratio.form: likelihood`) goes through gradients, for which FSDP does not gather the "
@@ -313,7 +323,8 @@ class Run:
         together = shards.calling() if self.sharded else nullcontext()
         with bar, stop_requests() as stop, watched as show, together:
             while progress.step < training.steps:
-                with memory_for(f"{self.name}: step {progress.step + 1}", self._remedies(policy, stepper.cache)):
+                step = f"{self.name}: step {progress.step + 1}"
+                with memory_for(step, self._remedies(policy, stepper.cache)), compiling(step):
                     row = stepper.step()
                 if show is not None:
                     show(row)

@@ -29,6 +29,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from invdpo.device import is_out_of_memory
 from invdpo.errors import InvdpoError
 
 log = logging.getLogger("invdpo")
@@ -47,6 +48,7 @@ NOT_LEFT_TO_ACCELERATE = (
     "ACCELERATE_USE_MEGATRON_LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG",
 )
+SAID_BY_THE_STUDY = {"ACCELERATE_MIXED_PRECISION": "precision", "ACCELERATE_DYNAMO_BACKEND": "training.compile"}
 LAUNCHED = "INVDPO_LAUNCHED"  # set where the standard input is a pipe that closes when the launcher dies
 
 
@@ -108,6 +110,12 @@ def join(device: torch.device) -> tuple[Ranks, torch.device]:
                 f"{name}={os.environ[name]}: `invdpo train` leaves to accelerate only to join the processes, so this "
                 "would be ignored. Start it without (`accelerate launch` sets it by an option, or from the file of "
                 "`accelerate config`), and set `training.shard: true` for FSDP."
+            )
+    for name, setting in SAID_BY_THE_STUDY.items():
+        if (value := os.environ.get(name, "no")).lower() != "no":
+            raise InvdpoError(
+                f"{name}={value}: this would be ignored, for the study says it (`{setting}`). Set it there, and start "
+                "`invdpo train` without (an option of `accelerate launch`, or the file of `accelerate config`)."
             )
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Ranks(), device
@@ -255,7 +263,7 @@ def others_alive() -> Iterator[None]:
         yield
     except RuntimeError as error:
         # Where networks are sharded, their calls are exchanges: every other error is their own.
-        if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
+        if is_out_of_memory(error) or (not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error)):
             raise
         log.warning(f"another process of this run is gone ({' '.join(str(error).split())[:200]})")
         sys.stderr.flush()
