@@ -26,6 +26,7 @@ from invdpo.device import compiling, memory_for
 from invdpo.errors import InvdpoError
 from invdpo.preferences.cache import load_cache
 from invdpo.training import loop, lora, offload, optim, state
+from invdpo.training.ranks import Ranks
 from invdpo.types import Conditioning
 
 CPU = torch.device("cpu")
