@@ -273,17 +273,16 @@ def _experiment_places(study: StudyConfig) -> Iterator[tuple[str, str]]:
 def evaluation_memory(
     study: StudyConfig, arm: ArmConfig, networks: Networks, known: dict[str, Any], kind: str
 ) -> float:
-    """Bytes on one device while the arm's checkpoints are sampled and scored: the UNet in fp32, the next one beside it
-    where there are several, a second one that guides, the codec, all scorers, and what either the UNet or the codec has
-    at a time while it works on a batch."""
+    """Bytes on one device while the arm's checkpoints are sampled and scored: the UNet in fp32, a second one that
+    guides, the codec, all scorers, and what either the UNet or the codec has at a time while it works on a batch."""
     from invdpo.inversion.guidance import evaluations
     from invdpo.sampling import DECODED_PIXELS
 
     sampling, pixels = study.sampling, study.training.resolution**2
-    unets = min(2, len(arm.training.grid)) if arm.trains else 1
+    unets = 1
     latents = sampling.batch * evaluations(sampling.guidance_scale)
     if arm.trains and arm.recipe.sampling_branch == "unconditional":
-        unets, latents = unets + 1, sampling.batch  # of the two halves each by a network of its own
+        unets, latents = 2, sampling.batch  # of the two halves each by a network of its own
     scorers = 0.0
     for place in scorer_places(study.scorers):
         scorers += held_bytes(_local(place)) if _local(place).exists() else (_file_size(place, known) or 0) * GB

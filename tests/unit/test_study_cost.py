@@ -166,15 +166,15 @@ def test_memory_is_the_sum_of_its_parts() -> None:
 
 
 def test_memory_of_evaluation_is_the_sum_of_its_parts() -> None:
-    """The UNet in fp32, the one of the next checkpoint beside it, the codec in fp32, PickScore, and what decodes (two
-    images at a time) or, of a large batch, draws: each image twice for guidance."""
+    """The UNet in fp32, one checkpoint's at a time, the codec in fp32, PickScore, and what decodes (two images at a
+    time) or, of a large batch, draws: each image twice for guidance."""
     alone = (4 * UNET + 4 * VAE + 1e9) / 1e9 + 3.94
     each = sizes()["pipelines"]["sdxl"]["forward_bytes"] / 1e9
 
     def evaluated(batch: int, **changes: Any) -> float:
         sampling = {"steps": 50, "guidance_scale": 7.5, "batch": batch} | changes.pop("sampling", {})
         found = plan(sdxl(sampling=sampling, **changes), gpu="h100").arms
-        assert found["dpo"].evaluate_memory == pytest.approx(found["base"].evaluate_memory + 4 * UNET / 1e9)
+        assert found["dpo"].evaluate_memory == pytest.approx(found["base"].evaluate_memory)
         return found["base"].evaluate_memory - alone
 
     assert evaluated(1) == pytest.approx(4) and evaluated(2) == evaluated(4) == pytest.approx(8)
@@ -186,9 +186,9 @@ def test_memory_of_evaluation_is_the_sum_of_its_parts() -> None:
 def test_a_smaller_batch_is_advised_where_it_helps() -> None:
     def problem(batch: int) -> str:
         study = sdxl(sampling={"steps": 50, "guidance_scale": 7.5, "batch": batch})
-        return next(text for text in plan(study, gpu="rtx4090").problems if text.startswith("Sampling"))
+        return next(text for text in plan(study, gpu_memory=16).problems if text.startswith("Sampling"))
 
-    assert "`sampling.batch: 1` (now 64): about 29.8 GB; fewer `scorers`" in problem(64)
+    assert "`sampling.batch: 1` (now 64): about 19.5 GB; fewer `scorers`" in problem(64)
     assert "sampling.batch" not in problem(1) and "fewer `scorers`" in problem(1)
 
 
@@ -234,7 +234,7 @@ def test_what_does_not_fit_is_said() -> None:
     assert plan(sdxl({"optimizer": "adamw", "processes": 2, "shard": True}), gpu="a100", gpus=2).problems == []
     assert any("trains with 2 processes" in text for text in problems)
     assert plan(sdxl(), gpu="h100").problems == []
-    small = plan(sdxl(), gpu_memory=24)
+    small = plan(sdxl(), gpu_memory=16)
     assert any("Training `dpo` needs about" in text and "does not fit" in text for text in small.problems)
     assert any("Sampling and scoring need about" in text for text in small.problems)
     assert "!" in next(line for line in to_text(small).splitlines() if line.startswith("dpo "))
