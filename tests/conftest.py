@@ -5,6 +5,7 @@ prompts.
 from __future__ import annotations
 
 import io
+import logging
 import os
 import shutil
 import signal
@@ -184,6 +185,12 @@ def tiny_pairs_frame(rows: int = 12, ties: int = 2, seed: int = 0) -> pd.DataFra
             "user_id": [row % 4 for row in range(rows)],
         }
     )
+
+
+@pytest.fixture(autouse=True)
+def messages_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command line, once it has been called in this process, keeps messages from pytest's `caplog`."""
+    monkeypatch.setattr(logging.getLogger("invdpo"), "propagate", True)
 
 
 @pytest.fixture(scope="session")
