@@ -280,7 +280,7 @@ def markdown(report: Mapping[str, Any]) -> str:
             cells += [f"{values[key]:.0%}" if key in values else "" for key in SHARES]
             cells += [mebibytes(values, key) for key in ("peak_bytes", "total_bytes")]
             lines.append("| " + " | ".join(map(str, cells)) + " |")
-    lines += ["", *goals.table(report)]
+    lines += ["", *goals.table(report["goals"])]
     if report["missing"]:
         lines += ["", "Not measured:", ""]
         lines += [f"- `{name}`: {reason}" for name, reason in report["missing"].items()]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cases import METHODS, ONE
@@ -69,10 +69,10 @@ def verdict_of(met: bool) -> str:
     return MET if met else MISSED
 
 
-def table(report: Mapping[str, Any]) -> list[str]:
-    """The goals as lines of markdown."""
+def table(known: Sequence[Mapping[str, Any]]) -> list[str]:
+    """`goals` as lines of markdown."""
     lines = ["Goals, from the medians above:", "", "| goal | wanted | measured | |", "|---|--:|--:|---|"]
-    for found in goals(report):
+    for found in known:
         wanted = [f"{words} {amount(found[key])}" for key, words in LIMITS.items() if key in found]
         measured = "" if found["measured"] is None else amount(found["measured"])
         if "range" in found:

@@ -188,9 +188,13 @@ def tiny_pairs_frame(rows: int = 12, ties: int = 2, seed: int = 0) -> pd.DataFra
 
 
 @pytest.fixture(autouse=True)
-def messages_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command line, once it has been called in this process, keeps messages from pytest's `caplog`."""
-    monkeypatch.setattr(logging.getLogger("invdpo"), "propagate", True)
+def fresh_messages() -> None:
+    """Every test finds the package's messages as a new process does: the command line arranges them for all of one."""
+    log = logging.getLogger("invdpo")
+    for handler in log.handlers:
+        handler.close()
+    log.handlers, log.propagate = [], True
+    log.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")

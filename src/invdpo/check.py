@@ -29,9 +29,9 @@ from invdpo.backbones.pipeline import load_schedule
 from invdpo.backbones.released import Stored, check_same_network, look_at_weights, network_of, require_peft
 from invdpo.device import resolve_device
 from invdpo.errors import InvdpoError
-from invdpo.hub import Remote, is_cached
+from invdpo.hub import Remote
 from invdpo.preferences.plan import Plan, make_plan
-from invdpo.preferences.shards import Shard, check_columns, list_shards, opened
+from invdpo.preferences.shards import check_columns, in_cache, list_shards, opened
 from invdpo.prompts import read_prompts
 from invdpo.provenance import verify_checksums
 from invdpo.scorers import looks
@@ -251,7 +251,7 @@ def _room(
 
     shards = plan.shards if isinstance(plan, Plan) else []
     fetched = sum(file.size for file in remote.values() if file.path is None)
-    fetched += sum(shard.size for shard in shards if shard.path is None and not _is_here(shard))
+    fetched += sum(shard.size for shard in shards if shard.path is None and in_cache(shard) is None)
     made = plan.pairs * _pair_bytes(study) if isinstance(plan, Plan) else 0
     made += 4 * sum(map(math.prod, unet.shapes.values())) * _checkpoints(study) if unet is not None else 0
     here = sum(path.stat().st_size for path in study.root.rglob("*") if path.is_file())
@@ -269,10 +269,6 @@ def _room(
                 "`data.storage: float16`."
             )
     return f", to fetch {fetched / GB:.3g} GB, to make at least {made / GB:.3g} GB"
-
-
-def _is_here(shard: Shard) -> bool:
-    return is_cached(shard.repo, shard.name.removeprefix(f"{shard.repo}/"), "dataset", shard.commit)
 
 
 def _existing(path: Path) -> Path:

@@ -130,13 +130,12 @@ class Studio:
     def unet(self, checkpoint: Checkpoint) -> Any:
         """The checkpoint's UNet, which must be one of the base's family. Its weights ask for no gradient: of those that
         do, autocast would keep copies in half precision, half of their size."""
-        if checkpoint.weights is None:
-            unet = load_unet(checkpoint.folder, self.device, base=self.study.base, variant=checkpoint.variant)
-            return unet.requires_grad_(False)
-        weights = find_weights(checkpoint.weights)
-        unet = load_unet(checkpoint.folder, torch.device("cpu"), base=self.study.base, variant=checkpoint.variant)
-        released: Any = put_into(unet, weights)
-        return released.requires_grad_(False).to(self.device)
+        weights = None if checkpoint.weights is None else find_weights(checkpoint.weights)
+        place = self.device if weights is None else torch.device("cpu")
+        unet: Any = load_unet(checkpoint.folder, place, base=self.study.base, variant=checkpoint.variant)
+        if weights is not None:
+            unet = put_into(unet, weights).to(self.device)
+        return unet.requires_grad_(False)
 
     def model(self, arm: ArmConfig, unet: Any) -> tuple[EpsModel, float]:
         """What an arm's UNet is sampled as, and with which guidance scale: 1 where the model is guided already."""

@@ -88,11 +88,6 @@ def cached(repo: str, name: str, kind: Kind, revision: str) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
-def is_cached(repo: str, name: str, kind: Kind, revision: str) -> bool:
-    """Whether a file of that commit lies in the hub's cache."""
-    return cached(repo, name, kind, revision) is not None
-
-
 def held(repo: str, kind: Kind = "model") -> dict[str, int]:
     """Path -> bytes of the files that the cache holds of a repository, of whatever revision; the hub is not asked."""
     from huggingface_hub import constants

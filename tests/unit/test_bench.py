@@ -407,7 +407,7 @@ def test_goals_are_held_against_the_report_s_own_rows(code: Any) -> None:
     assert (found["verdict"], found["measured"], found["range"]) == (met, 0.9, [0.75, 0.95])
     assert scaled(1.79, [1.5, 1.9])["verdict"] == missed
     assert scaled(None, None)["verdict"] == unknown
-    lines = code.goals.table(report_of_a_gpu(code, 70 * 10**9, 61 * 10**9, share=0.421))
+    lines = code.goals.table(code.goals.goals(report_of_a_gpu(code, 70 * 10**9, 61 * 10**9, share=0.421)))
     assert [line.split(" | ")[1:] for line in lines[4:]] == [
         ["at most 80.0 GB", "70.0 GB", "met |"],
         ["at least 50.0%", "42.1%", "missed |"],

@@ -28,14 +28,9 @@ def as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         monkeypatch.setenv(name, os.environ.get(name, "1"))
-    threads, level = torch.get_num_threads(), cli.log.level
+    threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
-    for handler in cli.log.handlers:
-        handler.close()
-    cli.log.handlers = []
-    cli.log.propagate = True
-    cli.log.setLevel(level)
 
 
 def invoke(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:

@@ -294,8 +294,6 @@ def test_table_has_overall_scale_and_what_is_absent() -> None:
 
 
 def test_command_makes_rows_and_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("handlers", "level", "propagate"):  # put back what the command line sets for the whole process
-        monkeypatch.setattr(cli.log, name, getattr(cli.log, name))
     files = [write_geneval(tmp_path / f"{k}.jsonl", wrong={(1, 0)} if k else set()) for k in range(2)]
     command = ["composition", "geneval", f"ours={files[0]}", f"ours={files[1]}", f"base={files[1]}"]
     monkeypatch.setattr(sys, "argv", ["invdpo", *command, "--out", str(tmp_path / "out")])

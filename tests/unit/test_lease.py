@@ -229,7 +229,6 @@ def test_a_job_that_cannot_see_who_holds_its_gpu_says_so(
     """As in a container, which is shown its own processes alone."""
     machine.took(machine.start("only"))
     monkeypatch.setattr(module, "_holders", lambda path: [])
-    monkeypatch.setattr(module.log, "propagate", True)
 
     def no_more(seconds: float) -> None:
         raise TimeoutError

@@ -46,9 +46,8 @@ def client(empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.fixture
-def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], list[str]]]:
-    """The messages about MLflow; the command line keeps its logger to itself."""
-    monkeypatch.setattr(logging.getLogger("invdpo"), "propagate", True)
+def said(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], list[str]]]:
+    """The messages about MLflow."""
     with caplog.at_level(logging.DEBUG, "invdpo"):
         yield lambda: [record.message for record in caplog.records if "MLFLOW_TRACKING_URI" in record.message]
 

@@ -102,6 +102,24 @@ def test_the_other_methods_correlations_are_those_of_the_reference_run() -> None
         assert is_printed(text, value), (text, value)
 
 
+def test_the_rewards_are_those_of_the_reference_run() -> None:
+    """Every cell of the page's table is a row of the study's ledger."""
+    verdicts = read_verdicts(REFERENCE.parent / "shapes_rewards" / "claims.json")
+    rows = {(row.id, row.variant): row for row in verdicts}
+    columns = ["mean_above_base_sg_iou", "labels_of_the_mean_matter", "mean_above_dpg_sg_iou"]
+    columns += ["mean_above_compbench_sg_iou", "all_pairs_above_fixed_sg_iou"]
+    table = Path("docs/rewards.md").read_text().split("all pairs minus fixed |\n")[1].split("\n\n")[0]
+    lines = table.splitlines()[1:]
+    methods = ("diffusion_dpo", "inversion_dpo_implied", "inversion_dpo_code")
+    for method, line in zip(methods, lines, strict=True):
+        measured = [rows[column, method] for column in columns]
+        wanted = [value for row in measured for value in (row.value, row.low, row.high)]
+        for text, value in zip(re.findall(r"[-+]\d\.\d+", line), wanted, strict=True):
+            assert value is not None and is_printed(text, value), (method, text, value)
+    contrasts = {row.verdict for row in verdicts if "_above_" in row.id and "_base_" not in row.id}
+    assert contrasts == {"inconclusive"}, "nothing is told apart"
+
+
 def test_the_readmes_words_are_those_of_the_ledger() -> None:
     """What README says in words, without a number; its numbers are in test_readme.py."""
     rows = {(row.id, row.variant): row for row in read_verdicts(REFERENCE / "claims.json")}

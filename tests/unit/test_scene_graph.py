@@ -320,8 +320,6 @@ def test_command_reads_a_folder_and_a_parquet_file(
     frame = pd.DataFrame({"prompt_id": [7, 8], "png": [item.encoded() for item in PICTURES]})
     frame.to_parquet(tmp_path / "images.parquet")
     (tmp_path / "graphs.json").write_text(json.dumps(list(GRAPHS.values())))
-    for name in ("handlers", "level", "propagate"):  # put back what the command line sets for the whole process
-        monkeypatch.setattr(cli.log, name, getattr(cli.log, name))
     for source in ("images", "images.parquet"):
         command = ["scene-graphs", str(tmp_path / source), str(tmp_path / "graphs.json"), "--url", stub.url]
         command += ["--model", "stub", "--out", str(tmp_path / "out"), "--key-variable", "STUB_KEY"]

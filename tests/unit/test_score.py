@@ -36,12 +36,6 @@ def bright(monkeypatch: pytest.MonkeyPatch) -> ScorersConfig:
     return ScorersConfig.model_validate({})
 
 
-@pytest.fixture(autouse=True)
-def told(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
-    monkeypatch.setattr(logging.getLogger("invdpo"), "propagate", True)  # the command line's set-up switches it off
-    return caplog
-
-
 def shapes_scorers(*names: str) -> ScorersConfig:
     """Those scorers of the default study, for any working directory."""
     chosen = load_study(ROOT / "config" / "shapes.yaml").scorers.model_dump(include=set(names), exclude_none=True)
@@ -268,7 +262,7 @@ def test_a_picture_that_would_fill_the_memory_is_refused(folder: Path, bright: S
 
 
 def test_modes_become_rgb_as_the_authors_scripts_make_them(
-    tmp_path: Path, bright: ScorersConfig, told: pytest.LogCaptureFixture
+    tmp_path: Path, bright: ScorersConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
     images = tmp_path / "modes"
     images.mkdir()
@@ -289,13 +283,13 @@ def test_modes_become_rgb_as_the_authors_scripts_make_them(
     for name, (picture, options) in made.items():
         picture.save(images / name, **options)
     (tmp_path / "p.txt").write_text("one two\n" * len(made))
-    with told.at_level(logging.WARNING, "invdpo"):
+    with caplog.at_level(logging.WARNING, "invdpo"):
         rows, _ = run(images, bright, tmp_path / "p.txt")
     light = dict(zip(rows["image"], rows["score"], strict=True))
     assert light.pop("see_through.png") == 200 and light.pop("turned.png") == 60
     assert light == pytest.approx(dict.fromkeys(light, 100), abs=2)
     assert rows.set_index("image")["image_sha256"]["turned.png"] == stage.picture_hash(upright.rotate(-90, expand=True))
-    messages = [record.message for record in told.records]
+    messages = [record.message for record in caplog.records]
     assert [message.split(":")[0] for message in messages] == [
         "1 of 8 images are of 16 bits a pixel",
         "2 of 8 images are transparent",
@@ -303,15 +297,15 @@ def test_modes_become_rgb_as_the_authors_scripts_make_them(
     ]
 
 
-def test_odd_prompts_are_scored_as_they_are(folder: Path, told: pytest.LogCaptureFixture) -> None:
+def test_odd_prompts_are_scored_as_they_are(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     odd = ["一只红色的圆 🔴", "a\x00b\tc\x1b[0m\u2028d", "red " * 200]
     lines = [json.dumps({"id": number, "prompt": prompt}) for number, prompt in enumerate(odd)]
     (folder.parent / "p.jsonl").write_text("\n".join(lines))
-    with told.at_level(logging.WARNING, "invdpo"):
+    with caplog.at_level(logging.WARNING, "invdpo"):
         rows, _ = run(folder, shapes_scorers("pickscore", "clip"), folder.parent / "p.jsonl", out="rows.parquet")
     assert rows.groupby("scorer")["prompt"].apply(list).tolist() == [odd] * 3
     assert np.isfinite(rows["score"]).all()
-    assert [record.message for record in told.records] == [
+    assert [record.message for record in caplog.records] == [
         "pickscore reads only the beginning of 1 of 3 prompts: they are too long for it.",
         "clip reads only the beginning of 1 of 3 prompts: they are too long for it.",
     ]

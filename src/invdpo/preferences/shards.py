@@ -146,7 +146,7 @@ def opened(shard: Shard) -> Iterator[pq.ParquetFile]:
     Raises InvdpoError where it is no whole parquet file, or lacks a column that pairs need.
     """
     try:
-        with pq.ParquetFile(shard.path or _cached(shard) or _remote(shard)) as parquet:
+        with pq.ParquetFile(shard.path or in_cache(shard) or _remote(shard)) as parquet:
             missing = [name for name in COLUMNS if name not in parquet.schema_arrow.names]
             if missing:
                 raise InvdpoError(
@@ -181,8 +181,8 @@ def _check_types(shard: Shard, schema: pa.Schema) -> None:
             )
 
 
-def _cached(shard: Shard) -> Path | None:
-    """Where the hub's cache holds the shard whole."""
+def in_cache(shard: Shard) -> Path | None:
+    """Where the hub's cache holds a shard of the hub whole; None: it does not."""
     path = cached(shard.repo, shard.name.removeprefix(f"{shard.repo}/"), "dataset", shard.commit)
     return path if path is not None and path.stat().st_size == shard.size and fault(path) is None else None
 
