@@ -132,10 +132,9 @@ class Studio:
         do, autocast would keep copies in half precision, half of their size."""
         weights = None if checkpoint.weights is None else find_weights(checkpoint.weights)
         place = self.device if weights is None else torch.device("cpu")
-        unet: Any = load_unet(checkpoint.folder, place, base=self.study.base, variant=checkpoint.variant)
-        if weights is not None:
-            unet = put_into(unet, weights).to(self.device)
-        return unet.requires_grad_(False)
+        unet = load_unet(checkpoint.folder, place, base=self.study.base, variant=checkpoint.variant)
+        released: Any = unet if weights is None else put_into(unet, weights)
+        return released.requires_grad_(False).to(self.device)
 
     def model(self, arm: ArmConfig, unet: Any) -> tuple[EpsModel, float]:
         """What an arm's UNet is sampled as, and with which guidance scale: 1 where the model is guided already."""
