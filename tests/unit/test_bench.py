@@ -359,6 +359,7 @@ def test_the_table_says_what_did_not_fit(code: Any) -> None:
         "options": {"threads": 16, "rounds": 3, "model": "random", "dtype": "bfloat16", "scale": {}},
         "cases": {"n80": {"title": "step, pairs", "steps": 80, "competitors": {"loop": loop, "ours": ours}}},
         "missing": {"scaling": "it takes 2 GPUs, and there is 1"},
+        "goals": [],
     }
     lines = code.bench.markdown(report).splitlines()
     assert "| step, pairs | 80 | loop | 1 | 0 | - |  |  | out of memory | out of memory |" in lines

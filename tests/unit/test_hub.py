@@ -15,6 +15,7 @@ import torch
 from conftest import Brightness
 from hub_stub import Hub, point_to
 from huggingface_hub import errors, set_client_factory
+from huggingface_hub.utils._http import default_client_factory
 from safetensors.torch import load_file, save_file
 
 from invdpo import evaluate as evaluation
@@ -76,7 +77,7 @@ def transport(monkeypatch: pytest.MonkeyPatch, hub: Hub) -> Iterator[Callable[[t
         set_client_factory(lambda: httpx2.Client(transport=Failing()))
 
     yield fail_with
-    set_client_factory(httpx2.Client)
+    set_client_factory(default_client_factory)  # a client that knows when it is offline
 
 
 @pytest.mark.parametrize("reader", READERS)
